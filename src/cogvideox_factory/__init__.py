@@ -1,0 +1,27 @@
+"""CogVideoX Factory: fine-tune the CogVideoX family of video diffusion models on your own clips.
+
+A clip becomes latents once; a batch of latents becomes a loss. The map, in the order in which a clip travels:
+
+    config.py           every option, declared once
+    data/clips.py       lists of videos and captions → Clip
+    data/buckets.py     which clip goes to which size; the order in which clips are drawn
+    data/video.py       decode at a frame rate, crop and resize; write mp4
+    data/store.py       the prepared set on disk
+    data/loader.py      prepared clips → Batch
+    model/family.py     what a checkpoint is, read from its own config files
+    model/encoders.py   text → embeddings, pixels → raw latents
+    model/denoiser.py   one forward pass for the whole family
+    model/adapters.py   LoRA: attach, save with metadata, load
+    prepare.py          data + encoders → prepared set
+    sampling.py         videos from a pipeline in memory
+    training/           objective, optimizers, checkpoint, metrics, and the loop that one reads top-down
+    report.py           run folder → report.html
+    stopping.py         Ctrl-C and SIGTERM as a request to finish the step and save
+    demo/               a tiny model and rendered clips
+    cli.py              the commands
+
+Modules import only from those above them in the chain
+config ← data, model ← prepare, sampling ← training ← report ← cli; data and model do not know each other.
+"""
+
+__version__ = "0.1.0"

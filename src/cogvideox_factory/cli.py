@@ -1,0 +1,140 @@
+"""The commands. Whatever is heavy is imported by the command that needs it, so that --help answers at once.
+
+Exit codes: 0 done; 2 the user's input is wrong (one message); 75 stopped by a signal, with the work saved; 1
+something failed on the way.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from cogvideox_factory import __version__
+from cogvideox_factory.config import (
+    COMMANDS,
+    Demo,
+    Prepare,
+    Report,
+    Sample,
+    Train,
+    UserError,
+    nearest,
+    overview,
+    parse_command,
+    print_error,
+)
+
+EXIT_FAILED, EXIT_USER_ERROR, EXIT_STOPPED = 1, 2, 75
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command and give its exit code; parsing errors and --help exit by SystemExit, as argparse does."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    name = arguments[0] if arguments else "--help"
+    if name in ("-h", "--help", "help"):
+        print(overview())
+        return 0
+    if name == "--version":
+        print(__version__)
+        return 0
+    if name not in COMMANDS:
+        print_error(f"unknown command {name}{nearest(name, list(COMMANDS))}; the commands: {', '.join(COMMANDS)}")
+        return EXIT_USER_ERROR
+    return run_guarded(lambda: RUN[name](parse_command(COMMANDS[name], name, arguments[1:])))
+
+
+def run_guarded(command: Callable[[], Any]) -> int:
+    """Run a command; what goes wrong becomes a message and an exit code."""
+    from cogvideox_factory.stopping import Stopped
+
+    try:
+        with quiet_libraries():
+            command()
+    except UserError as error:
+        print_error(str(error))
+        return EXIT_USER_ERROR
+    except Stopped as stopped:
+        print(f"cogvideox-factory: {stopped}", file=sys.stderr)
+        return EXIT_STOPPED
+    except KeyboardInterrupt:
+        print("cogvideox-factory: interrupted; what was saved before is kept", file=sys.stderr)
+        return 130
+    except OSError as error:
+        print_error(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}")
+        return EXIT_FAILED
+    return 0
+
+
+def run_demo(options: Demo) -> None:
+    from cogvideox_factory.demo import run
+
+    run(options, main)
+
+
+def run_prepare(options: Prepare) -> None:
+    from cogvideox_factory.prepare import run
+
+    run(options)
+
+
+def run_train(options: Train) -> None:
+    from cogvideox_factory.training.loop import train
+
+    run = train(options)
+    if int(os.environ.get("RANK", "0")) == 0:  # under a launcher, one process speaks
+        run_report(Report(run=run))
+        logging.info("LoRA       %s", run / "pytorch_lora_weights.safetensors")
+
+
+def run_sample(options: Sample) -> None:
+    from cogvideox_factory.sampling import run
+
+    made = run(options)
+    if options.json:
+        print(json.dumps(made, ensure_ascii=False))
+
+
+def run_report(options: Report) -> None:
+    from cogvideox_factory.report import write_report
+
+    assert options.run is not None
+    logging.info("report     %s", write_report(options.run, options.output))
+
+
+RUN: dict[str, Callable[[Any], None]] = {
+    "demo": run_demo,
+    "prepare": run_prepare,
+    "train": run_train,
+    "sample": run_sample,
+    "report": run_report,
+}
+
+
+def _only_errors(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR
+
+
+@contextlib.contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Our own messages are plain lines on standard error; of the libraries, only errors are shown.
+
+    Their import-time notes (optional kernels that are not there, deprecations inside themselves) are no news to
+    a user.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    for library in ("torch.utils._pytree", "torchao", "bitsandbytes", "DeepSpeed", "httpx"):
+        # A filter, because importing some of them sets the level again; DeepSpeed even writes to standard output.
+        logging.getLogger(library).addFilter(_only_errors)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0" if sys.stderr.isatty() else "1")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        warnings.simplefilter("ignore", DeprecationWarning)
+        yield

@@ -1,0 +1,545 @@
+"""Every option, declared once, with its help text, its check and its YAML name.
+
+The dataclasses below are the command line: tyro turns each field into a flag of the same name, in the group of its
+class, and the string under a field into its help. The same names are the keys of a YAML file given with
+``--config``. A command is a class that lists the groups it needs, so no option is declared twice.
+
+Rejected: argparse declarations beside a dataclass (each option then stands in three places), and a dictionary of
+settings passed around whole (a function here receives the group that it reads, so that its signature says so).
+
+This module imports nothing heavy: ``--help`` must answer at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import sys
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import tyro
+import yaml
+
+from cogvideox_factory import __version__
+
+
+class UserError(Exception):
+    """What the user asked for cannot be done as asked: one message that names the value and the fix, exit code 2."""
+
+
+@dataclass(frozen=True)
+class AtLeast:
+    """Check of a number, or of each number in a list: no less than `minimum`."""
+
+    minimum: float
+
+    def complaint(self, value: float) -> str | None:
+        return None if value >= self.minimum else f"must be {self.minimum:g} or more"
+
+
+@dataclass(frozen=True)
+class MoreThan:
+    """Check of a number: strictly more than `bound`."""
+
+    bound: float
+
+    def complaint(self, value: float) -> str | None:
+        return None if value > self.bound else f"must be more than {self.bound:g}"
+
+
+@dataclass(frozen=True)
+class Within:
+    """Check of a number: from `low` to `high`, both included."""
+
+    low: float
+    high: float
+
+    def complaint(self, value: float) -> str | None:
+        return None if self.low <= value <= self.high else f"must be from {self.low:g} to {self.high:g}"
+
+
+# Optional values are spelled by what one types, not as "{None}|STR".
+Text = Annotated[str | None, tyro.conf.arg(metavar="TEXT")]
+PathOption = Annotated[Path | None, tyro.conf.arg(metavar="PATH")]
+Count = Annotated[int | None, tyro.conf.arg(metavar="N"), AtLeast(1)]
+Rate = Annotated[float | None, tyro.conf.arg(metavar="FPS", aliases=["--target_fps"]), MoreThan(0)]
+Precision = Annotated[Literal["fp32", "fp16", "bf16"] | None, tyro.conf.arg(metavar="{fp32,fp16,bf16}")]
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Which CogVideoX checkpoint to work on."""
+
+    pretrained_model_name_or_path: Annotated[Text, tyro.conf.arg(aliases=["--model_id"])] = None
+    """The base model: a name on the Hugging Face Hub, such as THUDM/CogVideoX-5b, or a folder that
+    `save_pretrained` wrote."""
+    revision: Text = None
+    """Branch, tag or commit of the model on the Hub."""
+    variant: Text = None
+    """Weight files to take where the model has several, such as fp16."""
+    cache_dir: PathOption = None
+    """Where downloaded models are kept. Default: the Hub's own cache."""
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """Which clips and captions, and how a clip is cut to the sizes that the model sees."""
+
+    data_root: PathOption = None
+    """Folder of the data set. Paths in its lists are relative to it. With --load_tensors: a folder that
+    `prepare` wrote."""
+    dataset_file: PathOption = None
+    """A CSV file with a column of videos and one of captions. Without it, two text files in --data_root are read,
+    one line a clip."""
+    video_column: str = "video"
+    """Column of the CSV that holds the paths of the videos. Without a CSV: the name of the text file, default
+    videos.txt."""
+    caption_column: str = "text"
+    """Column of the CSV that holds the captions. Without a CSV: the name of the text file, default prompts.txt."""
+    id_token: Text = None
+    """A word put before every caption, by which the trained model is later called."""
+    frame_buckets: Annotated[tuple[int, ...], AtLeast(8)] = ()
+    """Numbers of frames to train on (8k or 8k+1). A clip goes to the largest that it fills. Default: the
+    checkpoint's."""
+    height_buckets: Annotated[tuple[int, ...], AtLeast(16)] = ()
+    """Heights to train on, in pixels. Default: the checkpoint's native height."""
+    width_buckets: Annotated[tuple[int, ...], AtLeast(16)] = ()
+    """Widths to train on, in pixels. Every height is combined with every width. Default: the checkpoint's native
+    width."""
+    fps: Rate = None
+    """Frames a second that clips are resampled to by their time stamps, so that they keep their speed. Default: the
+    checkpoint's (8 for CogVideoX 1.0, 16 for 1.5)."""
+    max_num_frames: Count = None
+    """Use no more frames of a clip than this, even where a larger bucket exists."""
+    skip_frames_start: Annotated[int, AtLeast(0)] = 0
+    """Frames of the source to leave out at the start of every clip."""
+    skip_frames_end: Annotated[int, AtLeast(0)] = 0
+    """Frames of the source to leave out at the end of every clip."""
+    video_reshape_mode: Literal["center", "none"] = "center"
+    """center: scale to cover the bucket and crop around the centre, never stretching. none: stretch to the bucket."""
+    strict: bool = False
+    """Stop at the first clip that cannot be used, instead of naming and skipping it."""
+
+
+@dataclass(frozen=True)
+class EncodingOptions:
+    """How clips and captions become latents and embeddings."""
+
+    max_sequence_length: Count = None
+    """Tokens of a caption that the text encoder reads. Default: the checkpoint's (226)."""
+    dtype: Precision = None
+    """Precision of the VAE and the text encoder. Default: the checkpoint's own on a GPU, fp32 on a CPU."""
+    use_slicing: bool = False
+    """Let the VAE work on one clip at a time where several come together."""
+    use_tiling: bool = False
+    """Let the VAE work tile by tile: much less memory, slightly different latents at the seams."""
+
+
+@dataclass(frozen=True)
+class LoraOptions:
+    """The adapter that is trained while the base model stays frozen."""
+
+    rank: Annotated[int, AtLeast(1)] = 64
+    """Rank of the LoRA matrices."""
+    lora_alpha: Annotated[float, MoreThan(0)] = 64
+    """Scale of the adapter: its output is multiplied by lora_alpha / rank. Saved with the weights."""
+    target_modules: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+    """Names of the linear layers that get an adapter."""
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """Length, batch and bookkeeping of the training."""
+
+    load_tensors: bool = False
+    """--data_root holds a prepared set (made by `prepare`), not raw clips."""
+    train_batch_size: Annotated[int, AtLeast(1)] = 1
+    """Clips a step on each GPU. Clips of one batch share a bucket."""
+    gradient_accumulation_steps: Annotated[int, AtLeast(1)] = 1
+    """Batches whose gradients are averaged before one optimizer step."""
+    num_train_epochs: Annotated[int, AtLeast(1)] = 1
+    """Passes over the data set. Ignored where --max_train_steps is given."""
+    max_train_steps: Count = None
+    """Optimizer steps in all."""
+    mixed_precision: Annotated[Literal["no", "fp16", "bf16"] | None, tyro.conf.arg(metavar="{no,fp16,bf16}")] = None
+    """Precision of the frozen base model; the trained weights, noise and loss are always fp32. no: fp32. Default:
+    the checkpoint's own type on a GPU, fp32 on a CPU."""
+    gradient_checkpointing: bool = False
+    """Recompute each block in the backward pass instead of keeping its activations: far less memory, about a third
+    more time."""
+    caption_dropout: Annotated[float, Within(0, 1)] = 0.1
+    """Share of clips that are shown with an empty caption, which classifier-free guidance needs."""
+    checkpointing_steps: Annotated[int, AtLeast(1)] = 500
+    """Save a checkpoint every so many optimizer steps."""
+    checkpoints_total_limit: Count = None
+    """Keep no more than this many checkpoints. Default: all."""
+    resume_from_checkpoint: Text = None
+    """latest, or the folder of a checkpoint: go on exactly where it stopped."""
+    dataloader_num_workers: Annotated[int, AtLeast(0)] = 0
+    """Processes that read prepared clips ahead of the training."""
+    pin_memory: bool = False
+    """Read into page-locked memory, from which copies to a GPU are faster."""
+    allow_tf32: bool = False
+    """Allow TF32 arithmetic for fp32 matrix products on Ampere and newer GPUs."""
+
+
+@dataclass(frozen=True)
+class OptimizerOptions:
+    """The optimizer and the schedule of its learning rate."""
+
+    optimizer: Literal["adam", "adamw"] = "adamw"
+    """adamw decays the weights directly, adam through the gradient."""
+    learning_rate: Annotated[float, MoreThan(0)] = 1e-4
+    """Learning rate after the warm-up."""
+    scale_lr: bool = False
+    """Multiply the learning rate by batch size × accumulation steps × number of processes."""
+    lr_scheduler: Literal[
+        "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
+    ] = "constant"
+    """Course of the learning rate after the warm-up."""
+    lr_warmup_steps: Annotated[int, AtLeast(0)] = 0
+    """Optimizer steps over which the learning rate rises from zero."""
+    lr_num_cycles: Annotated[int, AtLeast(1)] = 1
+    """Restarts of cosine_with_restarts."""
+    lr_power: Annotated[float, MoreThan(0)] = 1.0
+    """Power of the polynomial schedule."""
+    beta1: Annotated[float, Within(0, 1)] = 0.9
+    """Decay of the running mean of the gradient."""
+    beta2: Annotated[float, Within(0, 1)] = 0.95
+    """Decay of the running mean of its square."""
+    weight_decay: Annotated[float, AtLeast(0)] = 1e-4
+    """Weight decay."""
+    epsilon: Annotated[float, MoreThan(0)] = 1e-8
+    """Added to the denominator of the update."""
+    max_grad_norm: Annotated[float, AtLeast(0)] = 1.0
+    """Scale gradients down to this global norm. 0: no clipping."""
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How videos are made, in validation and in `sample`."""
+
+    height: Count = None
+    """Height of the video in pixels. Default: what the model was trained on."""
+    width: Count = None
+    """Width of the video in pixels. Default: what the model was trained on."""
+    num_frames: Count = None
+    """Frames of the video. Default: what the model was trained on."""
+    num_inference_steps: Annotated[int, AtLeast(1)] = 50
+    """Denoising steps."""
+    guidance_scale: Annotated[float, AtLeast(0)] = 6.0
+    """Weight of classifier-free guidance; 1 turns it off."""
+    use_dynamic_cfg: bool = False
+    """Raise the guidance from 1 to its full weight over the denoising steps."""
+    enable_model_cpu_offload: bool = False
+    """Keep on the GPU only the part of the pipeline that works (text encoder, transformer, VAE in turn)."""
+    enable_slicing: bool = False
+    """Decode one video at a time where several come together."""
+    enable_tiling: bool = False
+    """Decode tile by tile: much less memory, faint differences at the seams."""
+
+
+@dataclass(frozen=True)
+class ValidationOptions:
+    """Videos made before, during and after the training."""
+
+    validation_prompt: Text = None
+    """Prompts to make videos of, split by the separator. Without a prompt there is no validation."""
+    validation_prompt_separator: str = ":::"
+    """What stands between two validation prompts."""
+    num_validation_videos: Annotated[int, AtLeast(1)] = 1
+    """Videos a prompt, each from its own noise."""
+    validation_steps: Count = None
+    """Validate every so many optimizer steps."""
+    validation_epochs: Count = None
+    """Validate every so many epochs. Before the first and after the last step there is always a validation."""
+
+
+@dataclass(frozen=True)
+class Demo:
+    """Show the whole chain on a CPU in minutes, on a tiny model of random weights and a few rendered clips.
+
+    Each command that the demo runs is printed as one would type it.
+    """
+
+    output_dir: Path = Path("runs/demo")
+    """Folder for everything that the demo makes. It is emptied first if an earlier demo wrote it."""
+    seed: int = 42
+    """Seed of the clips, the tiny model and the training."""
+
+
+@dataclass(frozen=True)
+class Prepare:
+    """Encode clips and captions into a prepared set that `train --load_tensors` reads.
+
+    Only what is new or changed is encoded when it is run again.
+    """
+
+    model: ModelOptions = field(default_factory=ModelOptions)
+    data: DataOptions = field(default_factory=DataOptions)
+    encoding: EncodingOptions = field(default_factory=EncodingOptions)
+    output_dir: PathOption = None
+    """Folder to write the prepared set to."""
+
+    required = ("pretrained_model_name_or_path", "data_root", "output_dir")
+    example = (
+        "cogvideox-factory prepare --pretrained_model_name_or_path THUDM/CogVideoX-5b --data_root data/steamboat "
+        "--output_dir data/steamboat-prepared"
+    )
+
+
+@dataclass(frozen=True)
+class Train:
+    """Fine-tune a LoRA on the clips of a folder, or on a prepared set.
+
+    Raw clips are first prepared into the run's folder; the encoders have left the memory when the training starts.
+    """
+
+    model: ModelOptions = field(default_factory=ModelOptions)
+    data: DataOptions = field(default_factory=DataOptions)
+    encoding: EncodingOptions = field(default_factory=EncodingOptions)
+    lora: LoraOptions = field(default_factory=LoraOptions)
+    training: TrainingOptions = field(default_factory=TrainingOptions)
+    optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
+    validation: ValidationOptions = field(default_factory=ValidationOptions)
+    sampling: SamplingOptions = field(default_factory=SamplingOptions)
+    output_dir: PathOption = None
+    """Folder of the run."""
+    seed: int = 42
+    """Seed of the adapter's first weights, of the order of the clips, and of all noise."""
+
+    required = ("pretrained_model_name_or_path", "data_root", "output_dir")
+    example = (
+        "cogvideox-factory train --pretrained_model_name_or_path THUDM/CogVideoX-5b --data_root data/steamboat "
+        "--output_dir runs/steamboat --max_train_steps 1000 --gradient_checkpointing "
+        '--validation_prompt "a mouse whistles at the wheel of a steamboat"'
+    )
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Make a video from a base model, from a base model with a LoRA, or from a training run."""
+
+    model: ModelOptions = field(default_factory=ModelOptions)
+    sampling: SamplingOptions = field(default_factory=SamplingOptions)
+    prompt: Text = None
+    """What the video shows."""
+    output: PathOption = None
+    """The file to write, ending in .mp4, or a folder for one lossless PNG a frame."""
+    run: PathOption = None
+    """Folder that `train` wrote: its base model with its LoRA."""
+    step: Annotated[int | None, tyro.conf.arg(metavar="N"), AtLeast(0)] = None
+    """Take the run's checkpoint of this step instead of its final LoRA; 0 is the base model."""
+    lora: PathOption = None
+    """A LoRA file, or a folder with pytorch_lora_weights.safetensors."""
+    fps: Rate = None
+    """Frames a second of the mp4. Default: the run's, or the checkpoint's."""
+    dtype: Precision = None
+    """Precision of the model. Default: the checkpoint's own on a GPU, fp32 on a CPU."""
+    seed: int = 42
+    """Seed of the first noise."""
+    json: bool = False
+    """Print one JSON object on standard output, for programs."""
+
+    required = ("prompt", "output")
+    example = 'cogvideox-factory sample --run runs/steamboat --prompt "a mouse dances" --output mouse.mp4'
+
+
+@dataclass(frozen=True)
+class Report:
+    """Write the report of a training run: one HTML file that opens offline."""
+
+    run: PathOption = None
+    """Folder that `train` wrote."""
+    output: PathOption = None
+    """The HTML file. Default: report.html in the run's folder."""
+
+    required = ("run",)
+    example = "cogvideox-factory report --run runs/steamboat"
+
+
+Command = Demo | Prepare | Train | Sample | Report
+COMMANDS: dict[str, type[Command]] = {
+    "demo": Demo,
+    "prepare": Prepare,
+    "train": Train,
+    "sample": Sample,
+    "report": Report,
+}
+AnyCommand = TypeVar("AnyCommand", bound=Command)
+
+
+def parse_command(command_class: type[AnyCommand], name: str, arguments: Sequence[str]) -> AnyCommand:
+    """Options of a command from its flags: a flag wins over the YAML of --config, which wins over the default.
+
+    Raises UserError for a YAML file that cannot be used, a value that fails its check, or a required option that is
+    missing; exits with code 2 and a message for flags that cannot be parsed.
+    """
+    arguments, yaml_file = _take_config_flag(list(arguments))
+    from_yaml = _flags_from_yaml(yaml_file, command_class) if yaml_file else []
+    options = tyro.cli(
+        command_class,
+        prog=f"cogvideox-factory {name}",
+        description=_description(command_class),
+        args=[*from_yaml, *arguments],
+        use_underscores=True,
+        config=(tyro.conf.OmitArgPrefixes,),
+    )
+    values = option_values(options)
+    for required in getattr(command_class, "required", ()):
+        if values[required] is None:
+            raise UserError(f"--{required} is missing. Example: {getattr(command_class, 'example', '')}")
+    _check_values(options)
+    return options
+
+
+def option_values(options: Command) -> dict[str, Any]:
+    """All options of a command as one flat mapping, in the order of their declaration."""
+    return {name: getattr(owner, name) for owner, name, _ in _walk(options)}
+
+
+def write_config(options: Command, path: Path) -> None:
+    """Every option, and the version that wrote it, as YAML that `--config` takes back."""
+    values = {name: _plain(value) for name, value in option_values(options).items()}
+    path.write_text(yaml.safe_dump({"version": __version__, **values}, sort_keys=False, allow_unicode=True))
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Mapping of a YAML file with options. Raises UserError where the file is missing or is no mapping."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"--config {path}: {error.strerror or error}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"--config {path}: not valid YAML: {error}") from error
+    if not isinstance(content or {}, dict):
+        raise UserError(f"--config {path}: a mapping of options is needed, such as `rank: 64`")
+    return content or {}
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """Half a sentence that proposes the known name closest to a mistyped one, or nothing."""
+    matches = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"; did you mean {matches[0]}?" if matches else ""
+
+
+def _walk(options: Any) -> Iterator[tuple[Any, str, Any]]:
+    """(owner, option name, annotation) of every option, groups opened."""
+    hints = _type_hints(type(options))
+    for item in dataclasses.fields(options):
+        value = getattr(options, item.name)
+        if dataclasses.is_dataclass(value):
+            yield from _walk(value)
+        else:
+            yield options, item.name, hints[item.name]
+
+
+@functools.cache
+def _type_hints(options_class: type) -> dict[str, Any]:
+    return typing.get_type_hints(options_class, include_extras=True)
+
+
+def _plain(value: Any) -> Any:
+    """A value as YAML knows it."""
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, tuple):
+        return list(value)
+    return value
+
+
+def _take_config_flag(arguments: list[str]) -> tuple[list[str], Path | None]:
+    """Arguments without --config, and its value."""
+    for index, argument in enumerate(arguments):
+        flag, equals, value = argument.partition("=")
+        if flag != "--config":
+            continue
+        if not equals:
+            if index + 1 == len(arguments):
+                raise UserError("--config needs a YAML file")
+            value = arguments[index + 1]
+        return arguments[:index] + arguments[index + (1 if equals else 2) :], Path(value)
+    return arguments, None
+
+
+def _flags_from_yaml(path: Path, command_class: type[Command]) -> list[str]:
+    """A YAML file as flags, so that a value means the same in both places and is checked by the same parser."""
+    own = option_values(command_class())
+    known = {name for command in COMMANDS.values() for name in option_values(command())}
+    flags: list[str] = []
+    for name, value in read_config(path).items():
+        if name == "version":  # of the program that wrote a run's config.yaml
+            continue
+        if name not in known:
+            raise UserError(f"{path}: unknown option {name}{nearest(str(name), sorted(known))}")
+        if name not in own or value is None:  # a recipe serves several commands
+            continue
+        if isinstance(value, bool):
+            flags.append(f"--{name}" if value else f"--no_{name}")
+        elif isinstance(value, list):
+            flags += [f"--{name}", *map(str, value)] if value else []
+        elif isinstance(value, dict):
+            raise UserError(f"{path}: {name} must be a value or a list of values, not a mapping")
+        else:
+            flags.append(f"--{name}={value}")
+    return flags
+
+
+def _check_values(options: Command) -> None:
+    for owner, name, annotation in _walk(options):
+        value = getattr(owner, name)
+        for check in _checks(annotation):
+            for number in value if isinstance(value, tuple) else () if value is None else (value,):
+                complaint = check.complaint(number)
+                if complaint:
+                    raise UserError(f"--{name} {number}: {complaint}")
+
+
+def _checks(annotation: Any) -> Iterator[Any]:
+    """The checks in the metadata of an annotation, however deep the aliases nest."""
+    if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
+        for part in typing.get_args(annotation):
+            yield from _checks(part)
+    elif typing.get_origin(annotation) is Annotated:
+        inner, *metadata = typing.get_args(annotation)
+        yield from _checks(inner)
+        yield from (item for item in metadata if hasattr(item, "complaint"))
+
+
+def _description(command_class: type[Command]) -> str:
+    example = getattr(command_class, "example", None)
+    lines = (command_class.__doc__ or "").strip()
+    lines += "\n\nAny option can also stand in a YAML file given with --config; a flag wins over the file."
+    return f"{lines}\n\nExample:\n  {example}" if example else lines
+
+
+def overview() -> str:
+    """The text of `cogvideox-factory --help`."""
+    width = max(map(len, COMMANDS)) + 2
+    rows = [
+        f"  {name:<{width}}{' '.join((cls.__doc__ or '').split(chr(10) * 2)[0].split())}"
+        for name, cls in COMMANDS.items()
+    ]
+    return "\n".join(
+        [
+            "CogVideoX Factory: fine-tune CogVideoX video models on your own clips.",
+            "",
+            "usage: cogvideox-factory COMMAND [OPTIONS]",
+            "",
+            *rows,
+            "",
+            "`cogvideox-factory COMMAND --help` explains the options of a command.",
+            f"Version {__version__}.",
+        ]
+    )
+
+
+def print_error(message: str) -> None:
+    """One line for a person, on standard error."""
+    print(f"cogvideox-factory: error: {message}", file=sys.stderr)

@@ -1,0 +1,145 @@
+"""Prepared clips → batches, with all random numbers that a training step needs.
+
+Noise, timestep, caption dropout and the draw from the latent distribution come from a generator keyed by (seed,
+epoch, clip). They are therefore the same for any batch size, number of processes and number of workers, and a run
+that is resumed draws what it would have drawn. Rejected: one generator a process, whose state would have to be
+saved, and whose numbers change with the number of processes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from cogvideox_factory.data.buckets import Position, Sampler
+from cogvideox_factory.data.store import Entry, PreparedSet
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Clips of one bucket and their random numbers. B clips, F latent frames, C channels, L tokens."""
+
+    raw_latents: torch.Tensor  # (B, F, C, H, W) fp32, in the VAE's own scale, drawn from its distribution
+    noise: torch.Tensor  # (B, F', C, H, W) fp32; F' is F rounded up to what the model takes
+    timestep_quantiles: torch.Tensor  # (B,) fp32 in [0, 1): which part of the timesteps' distribution
+    prompt_embeds: torch.Tensor  # (B, L, D)
+    share: float  # of the clips of this optimizer step, over all ranks
+
+    @property
+    def num_clips(self) -> int:
+        return self.raw_latents.shape[0]
+
+    def to(self, device: torch.device) -> Batch:
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Batch:
+        return self._map(torch.Tensor.pin_memory)
+
+    def _map(self, change) -> Batch:
+        values = {item.name: getattr(self, item.name) for item in fields(self)}
+        return replace(self, **{k: change(v) for k, v in values.items() if isinstance(v, torch.Tensor)})
+
+
+@dataclass(frozen=True)
+class StepBatches:
+    """What one rank computes in one optimizer step."""
+
+    position: Position
+    batches: list[Batch]  # a micro-batch each
+    num_clips: int  # over all ranks
+
+    def pin_memory(self) -> StepBatches:
+        return replace(self, batches=[batch.pin_memory() for batch in self.batches])
+
+
+def clip_generator(seed: int, epoch: int, key: str) -> torch.Generator:
+    """The source of all random numbers of a clip in an epoch."""
+    digest = hashlib.sha256(f"{seed}/{epoch}/{key}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big", signed=True))
+
+
+class PreparedClips(Dataset):
+    """(position, step of the sampler) → the tensors of this rank."""
+
+    def __init__(
+        self,
+        prepared: PreparedSet,
+        entries: Sequence[Entry],
+        empty_prompt_file: str,
+        *,
+        seed: int,
+        caption_dropout: float,
+        latent_frame_multiple: int = 1,
+        rank: int = 0,
+    ):
+        self.prepared = prepared
+        self.entries = entries
+        self.empty_prompt_file = empty_prompt_file
+        self.seed = seed
+        self.caption_dropout = caption_dropout
+        self.latent_frame_multiple = latent_frame_multiple
+        self.rank = rank
+
+    def __getitem__(self, item: tuple[Position, list[list[list[int]]]]) -> StepBatches:
+        position, step = item
+        num_clips = sum(len(share) for micro_batch in step for share in micro_batch)
+        batches = [self._batch(shares, position.epoch, num_clips) for shares in step]
+        return StepBatches(position, batches, num_clips)
+
+    def _batch(self, shares: Sequence[Sequence[int]], epoch: int, num_clips: int) -> Batch:
+        indices = shares[self.rank]
+        # A rank without a share takes part with weight zero, because the others wait for its gradients.
+        shown = indices or shares[0][:1]
+        clips = [self._clip(self.entries[index], epoch) for index in shown]
+        raw_latents, noise, quantiles, prompts = (torch.stack(parts) for parts in zip(*clips, strict=True))
+        return Batch(raw_latents, noise, quantiles, prompts, share=len(indices) / num_clips)
+
+    def _clip(self, entry: Entry, epoch: int) -> tuple[torch.Tensor, ...]:
+        generator = clip_generator(self.seed, epoch, entry.key)
+        quantile, caption_draw = torch.rand(2, generator=generator)
+        latents = self.prepared.read_tensors(entry.files["latents"])
+        mean, logvar = latents["mean"].float(), latents["logvar"].float()  # (C, F, H, W)
+        mean, logvar = mean.transpose(0, 1), logvar.transpose(0, 1)  # (F, C, H, W)
+        raw_latents = mean + torch.exp(0.5 * logvar) * torch.randn(mean.shape, generator=generator)
+        frames = mean.shape[0] + -mean.shape[0] % self.latent_frame_multiple
+        noise = torch.randn((frames, *mean.shape[1:]), generator=generator)
+        prompt_file = self.empty_prompt_file if caption_draw < self.caption_dropout else entry.files["prompt"]
+        return raw_latents, noise, quantile, self.prepared.read_tensors(prompt_file)["prompt_embeds"]
+
+
+def load_steps(
+    clips: PreparedClips,
+    sampler: Sampler,
+    position: Position,
+    *,
+    num_workers: int = 0,
+    pin_memory: bool = False,
+) -> Iterator[StepBatches]:
+    """Optimizer steps without end, from a position on, read ahead by worker processes where there are any."""
+    loader: DataLoader = DataLoader(
+        clips,
+        batch_size=None,
+        sampler=_Positions(sampler, position),
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        collate_fn=_as_it_is,
+    )
+    return iter(loader)
+
+
+class _Positions:
+    """The sampler's steps as DataLoader wants them: an object that can be iterated."""
+
+    def __init__(self, sampler: Sampler, position: Position):
+        self.sampler, self.position = sampler, position
+
+    def __iter__(self) -> Iterator[tuple[Position, list[list[list[int]]]]]:
+        return self.sampler.from_position(self.position)
+
+
+def _as_it_is(item: StepBatches) -> StepBatches:
+    return item

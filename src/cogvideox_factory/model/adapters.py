@@ -1,0 +1,80 @@
+"""The trained part of the model: attach a LoRA, save it with its metadata, give its parameters.
+
+The file is the one that stock `CogVideoXPipeline.load_lora_weights` reads; rank and alpha travel in its metadata, so
+that strength 1.0 there is what training saw.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+
+from cogvideox_factory.config import LoraOptions, UserError
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+
+
+def attach_lora(transformer, options: LoraOptions, seed: int) -> None:
+    """Put LoRA layers, in fp32, on the transformer's target modules. Raises UserError where none matches."""
+    from peft import LoraConfig
+
+    config = LoraConfig(
+        r=options.rank,
+        lora_alpha=options.lora_alpha,
+        target_modules=list(options.target_modules),
+        init_lora_weights=True,
+    )
+    with torch.random.fork_rng():  # the adapter's first weights depend on the seed and on nothing that ran before
+        torch.manual_seed(seed)
+        try:
+            transformer.add_adapter(config)
+        except ValueError as error:
+            names = sorted(
+                {name.rpartition(".")[2] for name, module in transformer.named_modules() if _is_linear(module)}
+            )
+            raise UserError(
+                f"--target_modules {' '.join(options.target_modules)}: no layer of the transformer has such a "
+                f"name; its linear layers end in {', '.join(names)}"
+            ) from error
+    for parameter in trainable_parameters(transformer).values():
+        parameter.data = parameter.data.float()
+
+
+def trainable_parameters(transformer) -> dict[str, torch.nn.Parameter]:
+    """Parameters that are trained, by name."""
+    return {name: value for name, value in transformer.named_parameters() if value.requires_grad}
+
+
+def save_lora(transformer, folder: Path) -> Path:
+    """Write the LoRA as diffusers reads it; the file is complete or absent."""
+    from diffusers import CogVideoXPipeline
+    from peft.utils import get_peft_model_state_dict
+
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {name: value.float().contiguous().cpu() for name, value in get_peft_model_state_dict(transformer).items()}
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".lora-") as part:
+        CogVideoXPipeline.save_lora_weights(
+            part,
+            transformer_lora_layers=weights,
+            weight_name=LORA_FILE,
+            transformer_lora_adapter_metadata=transformer.peft_config["default"].to_dict(),
+        )
+        with (Path(part) / LORA_FILE).open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(Path(part) / LORA_FILE, folder / LORA_FILE)
+    return folder / LORA_FILE
+
+
+def find_lora(path: Path) -> Path:
+    """The LoRA file at a path given by a user, a file or a folder. Raises UserError where there is none."""
+    file = path / LORA_FILE if path.is_dir() else path
+    if not file.is_file():
+        raise UserError(f"{path}: no LoRA there ({LORA_FILE} in a folder, or a .safetensors file)")
+    return file
+
+
+def _is_linear(module) -> bool:
+    return isinstance(module, torch.nn.Linear)

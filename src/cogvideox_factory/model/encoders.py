@@ -1,0 +1,91 @@
+"""Captions → embeddings, and pixels → the VAE's latent distribution.
+
+`pixels` are what a video holds (uint8), `raw_latents` are in the VAE's own scale; `latents`, which the transformer
+sees, are raw latents times the checkpoint's scaling factor.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from cogvideox_factory.model.family import Checkpoint
+
+
+@dataclass(frozen=True)
+class TextEncoder:
+    """Tokenizer and T5 of a checkpoint, used through the stock pipeline so that embeddings are the same to the bit."""
+
+    pipeline: Any
+    max_tokens: int
+    device: torch.device
+
+    @classmethod
+    def load(
+        cls, checkpoint: Checkpoint, max_tokens: int | None, dtype: torch.dtype, device: torch.device
+    ) -> TextEncoder:
+        from diffusers import CogVideoXPipeline
+
+        pipeline = CogVideoXPipeline.from_pretrained(
+            checkpoint.folder, transformer=None, vae=None, variant=checkpoint.variant, dtype=dtype
+        )
+        pipeline.text_encoder.to(device).requires_grad_(False)
+        return cls(pipeline, max_tokens or checkpoint.max_text_tokens, device)
+
+    @torch.no_grad()
+    def encode(self, prompt: str) -> torch.Tensor:
+        """Embedding of one prompt, (tokens, width), in the encoder's type."""
+        embeds, _ = self.pipeline.encode_prompt(
+            prompt,
+            do_classifier_free_guidance=False,
+            max_sequence_length=self.max_tokens,
+            device=self.device,
+        )
+        return embeds[0]
+
+
+@dataclass(frozen=True)
+class VideoEncoder:
+    """The encoder half of a checkpoint's VAE."""
+
+    vae: Any
+
+    @classmethod
+    def load(
+        cls,
+        checkpoint: Checkpoint,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        use_slicing: bool = False,
+        use_tiling: bool = False,
+    ) -> VideoEncoder:
+        vae = load_vae(checkpoint, dtype).to(device)
+        vae.decoder = None  # never used here, and half of the weights
+        if use_slicing:
+            vae.enable_slicing()
+        if use_tiling:
+            vae.enable_tiling()
+        return cls(vae)
+
+    @torch.no_grad()
+    def encode(self, pixels_FHWC: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and log-variance of the raw latents, (channels, frames, height, width), of one uint8 video."""
+        vae = self.vae
+        pixels = torch.from_numpy(pixels_FHWC).to(vae.device)
+        pixels = pixels.to(vae.dtype).div_(127.5).sub_(1)
+        distribution = vae.encode(pixels.permute(3, 0, 1, 2)[None]).latent_dist
+        return distribution.mean[0], distribution.logvar[0]
+
+
+def load_vae(checkpoint: Checkpoint, dtype: torch.dtype):
+    """The VAE of a checkpoint, frozen."""
+    from diffusers import AutoencoderKLCogVideoX
+
+    vae = AutoencoderKLCogVideoX.from_pretrained(
+        checkpoint.folder, subfolder="vae", variant=checkpoint.variant, dtype=dtype
+    )
+    return vae.requires_grad_(False).eval()

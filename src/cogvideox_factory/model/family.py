@@ -1,0 +1,201 @@
+"""What a checkpoint is, read from its own config files.
+
+Nothing about a model is decided by its name or typed in where its configs say it. Rejected: a class a model, whose
+differences are numbers in a file.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from cogvideox_factory.config import ModelOptions, UserError
+
+COMPONENTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+# The configs of CogVideoX 1.5 give the largest grid of positions (300 × 300 latents), not the size it was trained at,
+# and no config gives a rate. These come from the model cards.
+NATIVE_SIZE_1_5 = (768, 1360)
+NATIVE_FPS_1_0, NATIVE_FPS_1_5 = 8.0, 16.0
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A CogVideoX pipeline on disk. The mappings are its config files."""
+
+    name: str  # as the user wrote it
+    folder: Path
+    variant: str | None
+    pipeline: Mapping[str, Any]
+    transformer: Mapping[str, Any]
+    vae: Mapping[str, Any]
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the user named a folder, not a model on the Hub."""
+        return Path(self.name).expanduser().is_dir()
+
+    @property
+    def is_image_to_video(self) -> bool:
+        """Image-to-video models take the latents of the image beside those of the video."""
+        return self.transformer["in_channels"] == 2 * self.vae["latent_channels"]
+
+    @property
+    def spatial_factor(self) -> int:
+        """Pixels of height or width in one latent."""
+        return 2 ** (len(self.vae["block_out_channels"]) - 1)
+
+    @property
+    def size_divisor(self) -> int:
+        """Height and width in pixels must be multiples of this: one patch of latents."""
+        return self.spatial_factor * self.transformer["patch_size"]
+
+    @property
+    def frame_batch(self) -> int:
+        """Frames that the VAE encodes at a time; clips have a multiple of this, or one more."""
+        return 2 * int(self.vae["temporal_compression_ratio"])
+
+    @property
+    def latent_frame_multiple(self) -> int:
+        """Latent frames in a patch (patch_size_t of CogVideoX 1.5)."""
+        return self.transformer.get("patch_size_t") or 1
+
+    @property
+    def native_size(self) -> tuple[int, int, int]:
+        """Frames, height and width that the model was made for."""
+        frames = self.transformer["sample_frames"]
+        if self.transformer.get("patch_size_t"):
+            return (frames, *NATIVE_SIZE_1_5)
+        height, width = self.transformer["sample_height"], self.transformer["sample_width"]
+        return frames, height * self.spatial_factor, width * self.spatial_factor
+
+    @property
+    def native_fps(self) -> float:
+        return NATIVE_FPS_1_5 if self.transformer.get("patch_size_t") else NATIVE_FPS_1_0
+
+    @property
+    def max_text_tokens(self) -> int:
+        return self.transformer["max_text_seq_length"]
+
+    @property
+    def scaling_factor(self) -> float:
+        """Latents are the VAE's raw latents times this."""
+        return self.vae["scaling_factor"]
+
+    @functools.cached_property
+    def weights_dtype(self) -> torch.dtype:
+        """Type of the transformer's weights as stored."""
+        file = next(iter(sorted((self.folder / "transformer").glob("*.safetensors"))), None)
+        if file is None:
+            return torch.float32
+        with safe_open(file, "pt") as tensors:
+            name = next(iter(tensors.keys()))
+            return tensors.get_tensor(name).dtype
+
+    def dtype_for(self, choice: str | None, device: torch.device) -> torch.dtype:
+        """The type an option asks for: by default the checkpoint's own on a GPU, fp32 on a CPU."""
+        if choice is not None:
+            return torch.float32 if choice == "no" else DTYPES[choice]
+        return self.weights_dtype if device.type == "cuda" else torch.float32
+
+    def fingerprint(self, component: str) -> str:
+        """Identity of a component's content: names, sizes and samples of its files.
+
+        Three samples of 64 KiB a file tell two sets of weights apart without reading the gigabytes of a T5.
+        """
+        digest = hashlib.sha256()
+        for path in sorted((self.folder / component).rglob("*")):
+            if not path.is_file() or path.name.startswith("."):
+                continue
+            size = path.stat().st_size
+            digest.update(f"{path.name}/{size}/".encode())
+            with path.open("rb") as file:
+                for start in (0, size // 2, max(size - 65536, 0)):
+                    file.seek(start)
+                    digest.update(file.read(65536))
+        return digest.hexdigest()[:32]
+
+
+def open_checkpoint(options: ModelOptions) -> Checkpoint:
+    """The checkpoint that the options name, downloaded from the Hub if it is no folder.
+
+    Raises UserError where it cannot be found or is no CogVideoX pipeline.
+    """
+    name = options.pretrained_model_name_or_path
+    assert name is not None
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        folder = _download(name, options)
+    pipeline = _read_json(folder / "model_index.json", name)
+    if not str(pipeline.get("_class_name", "")).startswith("CogVideoX"):
+        raise UserError(
+            f"--pretrained_model_name_or_path {name}: is a {pipeline.get('_class_name')}, not a CogVideoX pipeline"
+        )
+    missing = [component for component in COMPONENTS if not (folder / component).is_dir()]
+    if missing:
+        raise UserError(
+            f"--pretrained_model_name_or_path {name}: the pipeline lacks {', '.join(missing)}; download the whole "
+            "model, or save it with save_pretrained"
+        )
+    return Checkpoint(
+        name=name,
+        folder=folder,
+        variant=options.variant,
+        pipeline=pipeline,
+        transformer=_read_json(folder / "transformer" / "config.json", name),
+        vae=_read_json(folder / "vae" / "config.json", name),
+    )
+
+
+def refuse_image_to_video(checkpoint: Checkpoint) -> None:
+    """Raises UserError for a checkpoint that this version cannot work with."""
+    if checkpoint.is_image_to_video:
+        raise UserError(
+            f"--pretrained_model_name_or_path {checkpoint.name}: is an image-to-video model; this version trains and "
+            "samples text-to-video models, such as THUDM/CogVideoX-5b"
+        )
+
+
+def _read_json(path: Path, name: str) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        reason = "it has no" if isinstance(error, FileNotFoundError) else "unreadable"
+        raise UserError(
+            f"--pretrained_model_name_or_path {name}: is not a CogVideoX pipeline: {reason} "
+            f"{path.relative_to(path.parents[1]) if path.name == 'config.json' else path.name}; "
+            "give a folder written by save_pretrained or a name such as THUDM/CogVideoX-5b"
+        ) from error
+
+
+def _download(name: str, options: ModelOptions) -> Path:
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise UserError(f"--pretrained_model_name_or_path {name}: no such folder")
+    from diffusers import DiffusionPipeline
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        return Path(
+            DiffusionPipeline.download(
+                name, revision=options.revision, variant=options.variant, cache_dir=options.cache_dir
+            )
+        )
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise UserError(
+            f"--pretrained_model_name_or_path {name}: no such folder here, and not available from the Hugging Face "
+            f"Hub ({_first_line(error)})"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -1,0 +1,214 @@
+"""Videos from a pipeline in memory, for validation and for `sample`.
+
+Everything is done by the stock diffusers pipeline, so what is seen here is what others will see.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from cogvideox_factory.config import ModelOptions, Sample, SamplingOptions, UserError, read_config
+from cogvideox_factory.data.store import write_durably
+from cogvideox_factory.data.video import write_video
+from cogvideox_factory.model.adapters import find_lora
+from cogvideox_factory.model.encoders import load_vae
+from cogvideox_factory.model.family import Checkpoint, open_checkpoint, refuse_image_to_video
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Video:
+    """A video to be made."""
+
+    file: str
+    prompt: str
+    seed: int
+
+
+def pipeline_from_disk(checkpoint: Checkpoint, lora: Path | None, dtype: torch.dtype):
+    """The whole stock pipeline of a checkpoint, with a LoRA at strength 1.0 where one is given."""
+    from diffusers import CogVideoXPipeline
+
+    pipeline = CogVideoXPipeline.from_pretrained(checkpoint.folder, variant=checkpoint.variant, dtype=dtype)
+    if lora is not None:
+        file = find_lora(lora)
+        try:
+            pipeline.load_lora_weights(file.parent, weight_name=file.name)
+        except (ValueError, RuntimeError) as error:
+            raise UserError(f"--lora {lora}: does not fit {checkpoint.name}: {error}") from error
+    return pipeline
+
+
+def pipeline_in_memory(checkpoint: Checkpoint, transformer, scheduler, dtype: torch.dtype, device: torch.device):
+    """A pipeline around the model that trains: no text encoder (prompts come encoded), a VAE of its own."""
+    from diffusers import CogVideoXPipeline
+
+    return CogVideoXPipeline(
+        tokenizer=None,
+        text_encoder=None,
+        vae=load_vae(checkpoint, dtype).to(device),
+        transformer=transformer,
+        scheduler=type(scheduler).from_config(scheduler.config),  # it counts steps; the training's must not
+    )
+
+
+def place(pipeline, options: SamplingOptions, device: torch.device) -> None:
+    """Put a pipeline from disk where it runs, sparing memory as the options say."""
+    if options.enable_slicing:
+        pipeline.vae.enable_slicing()
+    if options.enable_tiling:
+        pipeline.vae.enable_tiling()
+    # Never both: moving the pipeline afterwards undoes the offloading.
+    if options.enable_model_cpu_offload and device.type == "cuda":
+        pipeline.enable_model_cpu_offload(device=device)
+    else:
+        pipeline.to(device)
+
+
+def generate(
+    pipeline,
+    options: SamplingOptions,
+    seed: int,
+    *,
+    prompt: str | None = None,
+    prompt_embeds: torch.Tensor | None = None,
+    negative_prompt_embeds: torch.Tensor | None = None,
+    max_sequence_length: int,
+) -> np.ndarray:
+    """One video, uint8 of shape (frames, height, width, 3), from a prompt or from embeddings of shape (1, L, D).
+
+    `options` has its size and number of frames resolved. The noise comes from a CPU generator of this seed, so that
+    it is the same on every device.
+    """
+    frames = pipeline(
+        prompt=prompt,
+        prompt_embeds=prompt_embeds,
+        negative_prompt_embeds=negative_prompt_embeds,
+        height=options.height,
+        width=options.width,
+        num_frames=options.num_frames,
+        num_inference_steps=options.num_inference_steps,
+        guidance_scale=options.guidance_scale,
+        use_dynamic_cfg=options.use_dynamic_cfg,
+        generator=torch.Generator().manual_seed(seed),
+        output_type="np",
+        max_sequence_length=max_sequence_length,
+    ).frames[0]
+    return (frames * 255).round().astype(np.uint8)
+
+
+def write_frames(frames: np.ndarray, output: Path, fps: float) -> None:
+    """An mp4 where the name ends so, else a folder with one lossless PNG a frame."""
+    if output.suffix.lower() == ".mp4":
+        write_video(output, frames, fps)
+        return
+    output.mkdir(parents=True, exist_ok=True)
+    for index, frame in enumerate(frames):
+        Image.fromarray(frame).save(output / f"{index:05}.png")
+
+
+def write_video_list(folder: Path, videos: Sequence[Video]) -> None:
+    """prompts.json beside the videos of a validation."""
+    content = json.dumps([asdict(video) for video in videos], indent=2, ensure_ascii=False)
+    write_durably(folder / "prompts.json", content.encode())
+
+
+def resolve_sampling(options: SamplingOptions, size: tuple[int, int, int], divisor: int) -> SamplingOptions:
+    """Options with frames, height and width filled in from `size` where the user gave none.
+
+    Raises UserError for a size that is no multiple of the model's divisor.
+    """
+    frames, height, width = size
+    resolved = replace(
+        options,
+        num_frames=options.num_frames or frames,
+        height=options.height or height,
+        width=options.width or width,
+    )
+    for flag, value in (("height", resolved.height), ("width", resolved.width)):
+        assert value is not None
+        if value % divisor:
+            nearest = max(divisor, round(value / divisor) * divisor)
+            raise UserError(f"--{flag} {value}: must be a multiple of {divisor}, such as {nearest}")
+    return resolved
+
+
+def run(options: Sample) -> dict[str, Any]:
+    """The `sample` command: make the video that the options ask for, and say what was made.
+
+    Raises UserError where the model, the run, the step or the LoRA does not exist, or the output cannot be named so.
+    """
+    assert options.prompt is not None and options.output is not None
+    if options.output.suffix.lower() not in ("", ".mp4"):
+        raise UserError(f"--output {options.output}: give a file that ends in .mp4, or a folder for PNG frames")
+    settings = read_config(options.run / "config.yaml") if options.run else {}
+    model = options.model
+    if model.pretrained_model_name_or_path is None:
+        if not settings:
+            raise UserError("give --run, or --pretrained_model_name_or_path (with --lora, if you like)")
+        model = ModelOptions(**{name: settings[name] for name in asdict(model) if settings.get(name) is not None})
+    checkpoint = open_checkpoint(model)
+    refuse_image_to_video(checkpoint)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    frames, height, width = checkpoint.native_size
+    size = (
+        settings.get("num_frames") or frames,
+        settings.get("height") or height,
+        settings.get("width") or width,
+    )
+    sampling = resolve_sampling(options.sampling, size, checkpoint.size_divisor)
+    lora = _lora_of(options)
+    pipeline = pipeline_from_disk(checkpoint, lora, checkpoint.dtype_for(options.dtype, device))
+    place(pipeline, sampling, device)
+    video = generate(
+        pipeline,
+        sampling,
+        options.seed,
+        prompt=options.prompt,
+        max_sequence_length=settings.get("max_sequence_length") or checkpoint.max_text_tokens,
+    )
+    fps = options.fps or settings.get("fps") or checkpoint.native_fps
+    write_frames(video, options.output, fps)
+    logger.info("%s: %d frames of %d×%d at %g fps", options.output, len(video), video.shape[2], video.shape[1], fps)
+    return {
+        "output": str(options.output),
+        "prompt": options.prompt,
+        "seed": options.seed,
+        "model": checkpoint.name,
+        "lora": str(lora) if lora else None,
+        "frames": len(video),
+        "height": video.shape[1],
+        "width": video.shape[2],
+        "fps": fps,
+    }
+
+
+def _lora_of(options: Sample) -> Path | None:
+    """Where the LoRA lies that the options name."""
+    if options.run is None:
+        if options.step is not None:
+            raise UserError(f"--step {options.step}: is a step of a run; give --run too")
+        return options.lora
+    if options.lora is not None:
+        raise UserError("--run and --lora: give one of them")
+    if options.step is None:
+        return options.run
+    if options.step == 0:
+        return None
+    folder = options.run / "checkpoints" / f"step-{options.step:08}"
+    if not folder.is_dir():
+        present = sorted(int(path.name[5:]) for path in folder.parent.glob("step-*"))
+        raise UserError(
+            f"--step {options.step}: the run has no such checkpoint; it has {', '.join(map(str, present)) or 'none'}"
+        )
+    return folder

@@ -1,0 +1,1 @@
+"""Training: the objective, the optimizer, checkpoints, metrics, and the loop."""

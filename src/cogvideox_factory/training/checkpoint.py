@@ -1,0 +1,158 @@
+"""Saving a training so that it goes on exactly where it stopped.
+
+    checkpoints/step-00000500/
+      pytorch_lora_weights.safetensors   what diffusers loads, for trying out
+      trainable.safetensors              the trained weights as the optimizer holds them
+      optimizer.safetensors, state.json  everything else that resumes
+
+A checkpoint is written in a folder of another name, flushed and renamed: it is complete or absent. Rejected:
+accelerate's `save_state`, which pickles the optimizer and the generators.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from cogvideox_factory.config import UserError
+from cogvideox_factory.data.buckets import Position
+from cogvideox_factory.data.store import write_durably
+from cogvideox_factory.model.adapters import save_lora, trainable_parameters
+
+
+@dataclass
+class TrainState:
+    """Everything that a resumed training needs besides tensors. `position` is that of the next step."""
+
+    step: int = 0
+    position: Position = field(default_factory=Position)
+    samples_seen: int = 0
+    sampler: Mapping[str, Any] = field(default_factory=dict)  # what the position counts in
+    schedule: Mapping[str, Any] = field(default_factory=dict)
+    scaler: Mapping[str, Any] = field(default_factory=dict)
+
+
+def checkpoint_folder(run: Path, step: int) -> Path:
+    return run / "checkpoints" / f"step-{step:08}"
+
+
+def list_checkpoints(run: Path) -> list[Path]:
+    """Complete checkpoints of a run, oldest first."""
+    return sorted(path for path in (run / "checkpoints").glob("step-*") if (path / "state.json").is_file())
+
+
+def save_checkpoint(run: Path, state: TrainState, transformer, optimizer, keep: int | None) -> Path:
+    """Write the checkpoint of `state.step`, then remove the oldest beyond `keep`."""
+    folder = checkpoint_folder(run, state.step)
+    part = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)  # of a run that died while it saved
+    part.mkdir(parents=True)
+    save_lora(transformer, part)
+    weights = {name: value.detach().cpu() for name, value in trainable_parameters(transformer).items()}
+    _save_tensors(weights, part / "trainable.safetensors")
+    tensors, rest = _split_optimizer(optimizer.state_dict())
+    tensors["rng.torch"] = torch.get_rng_state()
+    if torch.cuda.is_available():
+        tensors["rng.cuda"] = torch.cuda.get_rng_state()
+    _save_tensors(tensors, part / "optimizer.safetensors")
+    write_durably(part / "state.json", json.dumps({**asdict(state), "optimizer": rest}, indent=2).encode())
+    shutil.rmtree(folder, ignore_errors=True)  # of an earlier course of this run, which went on from before it
+    os.replace(part, folder)
+    _flush_folder(folder.parent)
+    for old in list_checkpoints(run)[: -keep if keep else 0]:
+        shutil.rmtree(old)
+    return folder
+
+
+def load_checkpoint(folder: Path, transformer, optimizer) -> TrainState:
+    """Put weights, optimizer and generators back, and give the rest.
+
+    Raises UserError where the checkpoint is of another adapter or cannot be read.
+    """
+    try:
+        content = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        weights = load_file(folder / "trainable.safetensors")
+        tensors = load_file(folder / "optimizer.safetensors")
+    except Exception as error:  # safetensors raises its own kind for every sort of damage
+        raise UserError(f"checkpoint {folder} cannot be read: {error}") from error
+    parameters = trainable_parameters(transformer)
+    _compare(folder, weights, parameters)
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(weights[name])
+    torch.set_rng_state(tensors.pop("rng.torch"))
+    cuda_state = tensors.pop("rng.cuda", None)
+    if cuda_state is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(cuda_state)
+    optimizer.load_state_dict(_join_optimizer(tensors, content.pop("optimizer")))
+    return TrainState(**{**content, "position": Position(**content["position"])})
+
+
+def find_checkpoint(run: Path, choice: str) -> Path | None:
+    """The checkpoint that --resume_from_checkpoint names; None for `latest` where there is none yet."""
+    if choice == "latest":
+        return next(iter(reversed(list_checkpoints(run))), None)
+    # The original's folders are given by name within the run, or as a path.
+    for folder in (Path(choice), run / choice, run / "checkpoints" / choice):
+        if (folder / "state.json").is_file():
+            return folder
+    names = [path.name for path in list_checkpoints(run)]
+    raise UserError(
+        f"--resume_from_checkpoint {choice}: no such checkpoint; {run} has {', '.join(names) or 'none'} "
+        "(`latest` takes the newest)"
+    )
+
+
+def _compare(folder: Path, weights: Mapping[str, torch.Tensor], parameters: Mapping[str, torch.Tensor]) -> None:
+    """Raises UserError with the first difference between what is saved and what is trained."""
+    for name in sorted(weights.keys() ^ parameters.keys()):
+        where = "the checkpoint trains it, these settings do not" if name in weights else "not in the checkpoint"
+        raise UserError(f"checkpoint {folder} is of other --target_modules or another model: {name}: {where}")
+    for name, parameter in parameters.items():
+        if weights[name].shape != parameter.shape:
+            raise UserError(
+                f"checkpoint {folder} is of another --rank or another model: {name} is {list(weights[name].shape)} "
+                f"there and {list(parameter.shape)} here"
+            )
+
+
+def _split_optimizer(state: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """An optimizer's state as tensors by name, and the rest as JSON-able values."""
+    tensors: dict[str, torch.Tensor] = {}
+    values: dict[str, Any] = {}
+    for index, slots in state["state"].items():
+        for name, value in slots.items():
+            (tensors if isinstance(value, torch.Tensor) else values)[f"{index}.{name}"] = value
+    return tensors, {"values": values, "param_groups": state["param_groups"]}
+
+
+def _join_optimizer(tensors: Mapping[str, torch.Tensor], rest: Mapping[str, Any]) -> dict[str, Any]:
+    slots: dict[int, dict[str, Any]] = {}
+    for key, value in {**tensors, **rest["values"]}.items():
+        index, _, name = key.partition(".")
+        slots.setdefault(int(index), {})[name] = value
+    return {"state": slots, "param_groups": rest["param_groups"]}
+
+
+def _save_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+    save_file({name: value.contiguous() for name, value in tensors.items()}, path)
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
+def _flush_folder(folder: Path) -> None:
+    """Make a rename last through a power cut (on systems where a folder can be opened)."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,394 @@
+"""The training run, from options to a LoRA: `train` is read from top to bottom.
+
+State that resumes is `TrainState`; what the model goes through before it trains is `build_model`, in that order.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import AutocastKwargs
+
+from cogvideox_factory.config import Train, UserError, write_config
+from cogvideox_factory.data.buckets import Bucket, Position, Sampler
+from cogvideox_factory.data.loader import PreparedClips, StepBatches, load_steps
+from cogvideox_factory.data.store import Entry, PreparedSet, hash_of
+from cogvideox_factory.model.adapters import attach_lora, save_lora, trainable_parameters
+from cogvideox_factory.model.denoiser import Denoiser, load_scheduler, load_transformer
+from cogvideox_factory.model.family import Checkpoint, open_checkpoint, refuse_image_to_video
+from cogvideox_factory.prepare import (
+    check_prepared,
+    free_memory,
+    make_output_folder,
+    prepare,
+    resolve_data_options,
+)
+from cogvideox_factory.progress import progress_bar
+from cogvideox_factory.stopping import Stopped, StopRequest, stop_requests
+from cogvideox_factory.training.checkpoint import (
+    TrainState,
+    find_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
+from cogvideox_factory.training.metrics import MemoryMeter, MetricsLog
+from cogvideox_factory.training.objective import velocity_loss
+from cogvideox_factory.training.optimizers import build_optimizer, build_schedule
+from cogvideox_factory.training.validation import Validation
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """A prepared set with the entries to train on, and the file of the empty prompt's embedding."""
+
+    prepared: PreparedSet
+    entries: list[Entry]
+    empty_prompt: str
+
+
+def train(options: Train) -> Path:
+    """Train a LoRA as the options say, and give the run's folder.
+
+    Raises UserError for what cannot be done as asked, and Stopped after a signal, with everything saved.
+    """
+    assert options.output_dir is not None
+    run = options.output_dir
+    checkpoint = open_checkpoint(options.model)
+    refuse_image_to_video(checkpoint)
+    options = resolve_options(options, checkpoint)
+    accelerator = make_accelerator(options, checkpoint)
+    device = accelerator.device
+    if accelerator.is_main_process:
+        claim_run_folder(run, options)
+    accelerator.wait_for_everyone()
+
+    with stop_requests() as stop:
+        # Data first: the encoders have left the memory before the transformer comes.
+        data = prepare_data(options, checkpoint, accelerator, stop)
+        validation = Validation(run, options, checkpoint, most_frequent_bucket(data.entries))
+        with accelerator.main_process_first():
+            validation.encode_prompts(device, stop)
+        options = dataclasses.replace(options, sampling=validation.sampling)
+        if accelerator.is_main_process:
+            write_config(options, run / "config.yaml")
+
+        memory = MemoryMeter(device)
+        state = train_steps(options, checkpoint, accelerator, data, validation, memory, stop)
+
+        # What was learned is now tested as others will use it: from the saved file, by stock diffusers.
+        accelerator.free_memory()
+        free_memory()
+        if accelerator.is_main_process:
+            memory.start_phase()
+            if validation.run_from_saved(state.step, device):
+                memory.record("memory_after_testing", memory.peak())
+            memory.write(run / "memory.json")
+        accelerator.wait_for_everyone()
+    return run
+
+
+def train_steps(
+    options: Train,
+    checkpoint: Checkpoint,
+    accelerator: Accelerator,
+    data: TrainingData,
+    validation: Validation,
+    memory: MemoryMeter,
+    stop: StopRequest,
+) -> TrainState:
+    """All optimizer steps that are left, then the LoRA in the run's folder. Raises Stopped after a signal."""
+    assert options.output_dir is not None
+    run, device, training = options.output_dir, accelerator.device, options.training
+    dtype = checkpoint.dtype_for(training.mixed_precision, device)
+    transformer = build_model(options, checkpoint, dtype, device)
+    scheduler = load_scheduler(checkpoint)
+    denoiser = Denoiser(checkpoint, dtype)
+    parameters = list(trainable_parameters(transformer).values())
+
+    sampler = Sampler(
+        [entry.bucket for entry in data.entries],
+        training.train_batch_size,
+        accelerator.num_processes,
+        training.gradient_accumulation_steps,
+        options.seed,
+    )
+    steps_per_epoch = sampler.steps_per_epoch()
+    num_steps = training.max_train_steps or training.num_train_epochs * steps_per_epoch
+    raw_optimizer = build_optimizer(parameters, options.optimizer, sampler.clips_per_step)
+    schedule = build_schedule(raw_optimizer, options.optimizer, num_steps)
+    state = resume(options, transformer, raw_optimizer, schedule, accelerator, data, sampler)
+    describe(checkpoint, options, data, parameters, num_steps, sampler, state)
+    if state.step >= num_steps:
+        logger.info("nothing left to train: this run is finished")
+        save_lora(transformer, run)
+        return state
+
+    model, optimizer = accelerator.prepare(transformer, raw_optimizer)
+    clips = PreparedClips(
+        data.prepared,
+        data.entries,
+        data.empty_prompt,
+        seed=options.seed,
+        caption_dropout=training.caption_dropout,
+        latent_frame_multiple=checkpoint.latent_frame_multiple,
+        rank=accelerator.process_index,
+    )
+    steps = load_steps(
+        clips,
+        sampler,
+        state.position,
+        num_workers=training.dataloader_num_workers,
+        pin_memory=training.pin_memory and device.type == "cuda",
+    )
+
+    def save() -> None:
+        if accelerator.is_main_process:
+            state.schedule = {name: v for name, v in schedule.state_dict().items() if name != "lr_lambdas"}
+            state.scaler = accelerator.scaler.state_dict() if accelerator.scaler else {}
+            keep = training.checkpoints_total_limit
+            logger.info("saved      %s", save_checkpoint(run, state, transformer, raw_optimizer, keep))
+        accelerator.wait_for_everyone()
+
+    def validate_if_due() -> None:
+        epoch_is_complete = state.position.step == steps_per_epoch
+        completed_epoch = state.position.epoch if epoch_is_complete else None
+        if accelerator.is_main_process and validation.is_due(state.step, completed_epoch):
+            memory.record("memory_before_validation", memory.peak())
+            memory.start_phase()
+            validation.run_in_memory(state.step, transformer, scheduler, dtype, device)
+            free_memory()
+            memory.record("memory_after_validation", memory.peak())
+            memory.start_phase()
+        accelerator.wait_for_everyone()
+
+    memory.record("memory_before_training", memory.current())
+    validate_if_due()
+    transformer.train()
+    memory.start_phase()
+    saved_step = state.step
+    with MetricsLog(run, state.step, accelerator) as log, training_bar(state, num_steps, accelerator) as bar:
+        while state.step < num_steps and not stop.requested:
+            started = time.perf_counter()
+            step = next(steps)
+            waited = time.perf_counter() - started
+            loss, grad_norm = optimizer_step(
+                step, accelerator, model, optimizer, denoiser, scheduler, parameters, options
+            )
+            rate = schedule.get_last_lr()[0]
+            schedule.step()
+            state.step += 1
+            state.samples_seen += step.num_clips
+            state.position = Position(step.position.epoch, step.position.step + 1)
+            log.write(
+                step=state.step,
+                epoch=step.position.epoch,
+                loss=loss,
+                lr=rate,
+                grad_norm=grad_norm,
+                step_seconds=round(time.perf_counter() - started, 6),
+                data_seconds=round(waited, 6),
+                samples_seen=state.samples_seen,
+                memory_gib=round(memory.current(), 3),
+            )
+            bar.set_postfix(loss=f"{loss:.4f}", lr=f"{rate:.1e}", refresh=False)
+            bar.update()
+            if state.step % training.checkpointing_steps == 0 or state.step == num_steps:
+                save()
+                saved_step = state.step
+            if state.step < num_steps:  # after the last step, what was saved is tested
+                validate_if_due()
+    memory.record("memory_before_validation", memory.peak())
+
+    if state.step < num_steps:
+        if saved_step != state.step:
+            save()
+        if accelerator.is_main_process:
+            memory.write(run / "memory.json")
+        raise Stopped(
+            f"stopped after step {state.step} of {num_steps}, all saved; go on with: cogvideox-factory train "
+            f"--config {run / 'config.yaml'} --resume_from_checkpoint latest"
+        )
+    if accelerator.is_main_process:
+        save_lora(transformer, run)
+    return state
+
+
+def make_accelerator(options: Train, checkpoint: Checkpoint) -> Accelerator:
+    """One object for one or many processes. Autocast is never on: the base model has one type throughout."""
+    is_cpu = not torch.cuda.is_available()
+    precision = options.training.mixed_precision
+    if is_cpu and precision == "fp16":
+        raise UserError("--mixed_precision fp16: needs a GPU; on a CPU take no or bf16")
+    torch.backends.cuda.matmul.allow_tf32 = options.training.allow_tf32
+    weights_are_fp16 = not is_cpu and checkpoint.dtype_for(precision, torch.device("cuda")) == torch.float16
+    return Accelerator(
+        cpu=is_cpu,
+        mixed_precision="fp16" if weights_are_fp16 else "no",  # fp16 gradients need a loss scaler, bf16 none
+        kwargs_handlers=[AutocastKwargs(enabled=False)],
+    )
+
+
+def resolve_options(options: Train, checkpoint: Checkpoint) -> Train:
+    """Options as they will be used and written down: what has its default from the checkpoint or from the prepared
+    set is filled in, and folders are absolute, so that the run can be repeated and sampled from anywhere."""
+    assert options.output_dir is not None and options.data.data_root is not None
+    data = dataclasses.replace(options.data, data_root=options.data.data_root.absolute())
+    if options.training.load_tensors:
+        prepared = PreparedSet(options.data.data_root)
+        data = dataclasses.replace(data, fps=check_prepared(checkpoint, prepared)["fps"])
+    model = options.model
+    if checkpoint.is_local:
+        model = dataclasses.replace(model, pretrained_model_name_or_path=str(checkpoint.folder.absolute()))
+    return dataclasses.replace(
+        options,
+        model=model,
+        data=dataclasses.replace(data, **resolve_data_options(data, checkpoint)),
+        output_dir=options.output_dir.absolute(),
+    )
+
+
+def claim_run_folder(run: Path, options: Train) -> None:
+    """Make the run's folder, or take it over to go on. Raises UserError where it holds another run or is no use."""
+    if (run / "config.yaml").exists() and not options.training.resume_from_checkpoint:
+        raise UserError(
+            f"--output_dir {run}: holds a run already; add --resume_from_checkpoint latest to go on with it, or "
+            "choose another folder"
+        )
+    make_output_folder(run)
+
+
+def prepare_data(options: Train, checkpoint: Checkpoint, accelerator: Accelerator, stop: StopRequest) -> TrainingData:
+    """What to train on: the prepared set that the options name, or one made from their clips in the run's folder."""
+    assert options.output_dir is not None and options.data.data_root is not None
+    if options.training.load_tensors:
+        prepared = PreparedSet(options.data.data_root)
+        entries = prepared.read_index()
+        return TrainingData(prepared, entries, check_prepared(checkpoint, prepared)["empty_prompt"])
+    prepared = PreparedSet(options.output_dir / "prepared")
+    if accelerator.is_main_process:
+        prepare(checkpoint, options.data, options.encoding, prepared, accelerator.device, stop)
+    accelerator.wait_for_everyone()
+    return TrainingData(prepared, prepared.read_index(), prepared.read_settings()["empty_prompt"])
+
+
+def most_frequent_bucket(entries: list[Entry]) -> Bucket:
+    """The size that most clips have; of equals, the largest."""
+    buckets = [entry.bucket for entry in entries]
+    return max(set(buckets), key=lambda bucket: (buckets.count(bucket), bucket))
+
+
+def build_model(options: Train, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device):
+    """The transformer as it trains. The order matters; each line says what it must come after."""
+    transformer = load_transformer(checkpoint, dtype)  # frozen, in the base's type
+    attach_lora(transformer, options.lora, options.seed)  # after the base has its type: the adapter stays fp32
+    if options.training.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()  # after all layers are in their blocks
+    return transformer.to(device)
+
+
+def resume(
+    options: Train,
+    transformer,
+    optimizer,
+    schedule,
+    accelerator: Accelerator,
+    data: TrainingData,
+    sampler: Sampler,
+) -> TrainState:
+    """The state of a new training, or that of the checkpoint which the options name."""
+    assert options.output_dir is not None
+    counts_in: dict[str, Any] = {
+        "clips": hash_of([entry.key for entry in data.entries]),
+        "clips_per_micro_batch": sampler.batch_size * sampler.num_ranks,
+        "micro_batches": sampler.num_micro_batches,
+        "seed": sampler.seed,
+    }
+    choice = options.training.resume_from_checkpoint
+    folder = find_checkpoint(options.output_dir, choice) if choice else None
+    if folder is None:
+        if choice:
+            logger.info("no checkpoint in %s yet: starting from the beginning", options.output_dir)
+        return TrainState(sampler=counts_in)
+    state = load_checkpoint(folder, transformer, optimizer)
+    schedule.load_state_dict({**schedule.state_dict(), **state.schedule})
+    if accelerator.scaler and state.scaler:
+        accelerator.scaler.load_state_dict(dict(state.scaler))
+    if state.sampler != counts_in:
+        changed = ", ".join(name for name in counts_in if state.sampler.get(name) != counts_in[name])
+        logger.warning("%s differ from those of the checkpoint: going on with the next epoch", changed)
+        state.position, state.sampler = Position(state.position.epoch + 1), counts_in
+    logger.info("going on from %s", folder)
+    return state
+
+
+def optimizer_step(
+    step: StepBatches,
+    accelerator: Accelerator,
+    model,
+    optimizer,
+    denoiser: Denoiser,
+    scheduler,
+    parameters: list[torch.nn.Parameter],
+    options: Train,
+) -> tuple[float, float]:
+    """One update from the clips of a step; their mean loss and the gradient's norm before clipping.
+
+    Every clip of the step weighs the same, whatever batch and rank it came in.
+    """
+    total = torch.zeros((), device=accelerator.device)
+    for index, batch in enumerate(step.batches):
+        is_last = index + 1 == len(step.batches)
+        # Engines average gradients over ranks, once, after the last batch.
+        with contextlib.nullcontext() if is_last else accelerator.no_sync(model):
+            losses = velocity_loss(model, denoiser, scheduler, batch.to(accelerator.device))
+            loss = losses.mean() * batch.share
+            accelerator.backward(loss * accelerator.num_processes)
+        total += loss.detach()
+    limit = options.optimizer.max_grad_norm or float("inf")
+    grad_norm = accelerator.clip_grad_norm_(parameters, limit)
+    optimizer.step()
+    optimizer.zero_grad()
+    if accelerator.num_processes > 1:
+        total = accelerator.reduce(total, "sum")
+    loss_value, norm_value = torch.stack([total, grad_norm.to(total)]).tolist()  # the step's one wait for the GPU
+    return loss_value, norm_value
+
+
+def describe(
+    checkpoint: Checkpoint,
+    options: Train,
+    data: TrainingData,
+    parameters: list[torch.nn.Parameter],
+    num_steps: int,
+    sampler: Sampler,
+    state: TrainState,
+) -> None:
+    """Say what is about to happen."""
+    buckets = [entry.bucket for entry in data.entries]
+    sizes = ", ".join(f"{buckets.count(bucket)} of {bucket}" for bucket in sorted(set(buckets)))
+    logger.info("model      %s (text-to-video)", checkpoint.name)
+    logger.info(
+        "method     LoRA, rank %d, alpha %g, %s trainable parameters",
+        options.lora.rank,
+        options.lora.lora_alpha,
+        f"{sum(parameter.numel() for parameter in parameters):,}",
+    )
+    logger.info("clips      %s (frames × height × width)", sizes)
+    logger.info("steps      %d, of which %d done; %d an epoch", num_steps, state.step, sampler.steps_per_epoch())
+
+
+def training_bar(state: TrainState, num_steps: int, accelerator: Accelerator):
+    """The bar over optimizer steps; ranks but the first have none."""
+    bar = progress_bar(None, "Training", "step", num_steps, done=state.step)
+    bar.disable = not accelerator.is_main_process
+    return bar

@@ -1,0 +1,91 @@
+"""What is written down while a run goes on: a line of metrics a step, and the memory of each phase."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, TextIO
+
+import psutil
+import torch
+from accelerate import Accelerator
+
+from cogvideox_factory.data.store import write_durably
+
+GIB = 1024**3
+
+
+class MetricsLog:
+    """metrics.jsonl of a run: one line an optimizer step, no gap and no repeat, also after a resume.
+
+    Written by the first rank only.
+    """
+
+    def __init__(self, run: Path, last_step: int, accelerator: Accelerator):
+        """Lines after `last_step`, written by a run that died later than its checkpoint, are dropped."""
+        self._file: TextIO | None = None
+        if accelerator.is_main_process:
+            path = run / "metrics.jsonl"
+            kept = [line for line in read_metrics(path) if line["step"] <= last_step]
+            write_durably(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+            self._file = path.open("a", encoding="utf-8")
+
+    def __enter__(self) -> MetricsLog:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._file:
+            self._file.close()
+
+    def write(self, **values: Any) -> None:
+        if self._file:
+            self._file.write(json.dumps(values) + "\n")
+            self._file.flush()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Lines of a log; a last one that was cut short by the end of the process is left out."""
+    lines: list[dict[str, Any]] = []
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                lines.append(json.loads(line))
+            except ValueError:
+                break
+    return lines
+
+
+class MemoryMeter:
+    """Peak memory of each phase, in GiB: of the GPU where there is one, else of the process."""
+
+    def __init__(self, device: torch.device):
+        self._is_cuda = device.type == "cuda"
+        self._process = psutil.Process()
+        self._peak = 0.0
+        self.measured: dict[str, float] = {}
+
+    def current(self) -> float:
+        """What is in use, in GiB. Called once a step, it also follows the peak where the device does not."""
+        held = torch.cuda.memory_allocated() if self._is_cuda else self._process.memory_info().rss
+        self._peak = max(self._peak, held / GIB)
+        return held / GIB
+
+    def start_phase(self) -> None:
+        if self._is_cuda:
+            torch.cuda.reset_peak_memory_stats()
+        self._peak = 0.0
+        self.current()
+
+    def peak(self) -> float:
+        """Peak since the phase started, in GiB. On a CPU: the highest of the moments looked at."""
+        self.current()
+        return max(self._peak, torch.cuda.max_memory_allocated() / GIB if self._is_cuda else 0.0)
+
+    def record(self, name: str, value: float) -> None:
+        """Keep the highest figure of a phase that comes several times."""
+        self.measured[name] = max(round(value, 3), self.measured.get(name, 0.0))
+
+    def write(self, path: Path) -> None:
+        kind = "GPU memory allocated" if self._is_cuda else "resident memory of the process"
+        content = {"kind": kind, "unit": "GiB", "measured": self.measured, "planned": None}
+        write_durably(path, json.dumps(content, indent=2).encode())

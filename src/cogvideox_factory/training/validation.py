@@ -1,0 +1,117 @@
+"""Videos of a run: from the model that trains, and at the end from what it saved."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from cogvideox_factory.config import Train
+from cogvideox_factory.data.buckets import Bucket
+from cogvideox_factory.data.store import PreparedSet
+from cogvideox_factory.data.video import write_video
+from cogvideox_factory.model.family import Checkpoint
+from cogvideox_factory.prepare import encode_prompts
+from cogvideox_factory.progress import progress_bar
+from cogvideox_factory.sampling import (
+    Video,
+    generate,
+    pipeline_from_disk,
+    pipeline_in_memory,
+    place,
+    resolve_sampling,
+    write_video_list,
+)
+from cogvideox_factory.stopping import StopRequest
+
+logger = logging.getLogger(__name__)
+
+
+class Validation:
+    """The prompts of a run and when they are shown. Prompts are encoded once, before the training."""
+
+    def __init__(self, run: Path, options: Train, checkpoint: Checkpoint, bucket: Bucket):
+        """`bucket` is the size of the videos where the options give none."""
+        self.run = run
+        self.options = options
+        self.checkpoint = checkpoint
+        self.sampling = resolve_sampling(options.sampling, bucket, checkpoint.size_divisor)
+        text = options.validation.validation_prompt or ""
+        parts = (part.strip() for part in text.split(options.validation.validation_prompt_separator))
+        self.videos = [
+            Video(f"prompt-{number:02}-video-{index}.mp4", prompt, options.seed + index)
+            for number, prompt in enumerate(part for part in parts if part)
+            for index in range(options.validation.num_validation_videos)
+        ]
+        self._embeddings = PreparedSet(run / "prepared")
+        self._files: dict[str, str] = {}
+
+    def encode_prompts(self, device: torch.device, stop: StopRequest) -> None:
+        """Encode what is not there yet, so that the text encoder is not needed again."""
+        if self.videos:
+            prompts = ["", *(video.prompt for video in self.videos)]
+            self._files = encode_prompts(
+                self.checkpoint, self.options.encoding, self._embeddings, prompts, device, stop
+            )
+
+    def folder(self, step: int) -> Path:
+        return self.run / "validation" / f"step-{step:08}"
+
+    def is_due(self, step: int, epoch: int | None) -> bool:
+        """Whether videos of this step are asked for and not there yet. `epoch` is one that this step completed."""
+        if not self.videos or (self.folder(step) / "prompts.json").exists():
+            return False
+        every_steps, every_epochs = (
+            self.options.validation.validation_steps,
+            self.options.validation.validation_epochs,
+        )
+        by_steps = every_steps is not None and step % every_steps == 0
+        by_epochs = every_epochs is not None and epoch is not None and (epoch + 1) % every_epochs == 0
+        return step == 0 or by_steps or by_epochs
+
+    def run_in_memory(self, step: int, transformer, scheduler, dtype: torch.dtype, device: torch.device) -> None:
+        """Videos of the model as it is. It comes back in the mode it had, with nothing attached to it."""
+        was_training = transformer.training
+        transformer.eval()
+        pipeline = pipeline_in_memory(self.checkpoint, transformer, scheduler, dtype, device)
+        if self.sampling.enable_slicing:
+            pipeline.vae.enable_slicing()
+        if self.sampling.enable_tiling:
+            pipeline.vae.enable_tiling()
+        negative = self._embedding("", dtype, device)
+
+        def make(video: Video) -> np.ndarray:
+            embeds = self._embedding(video.prompt, dtype, device)
+            return self._generate(pipeline, video, prompt_embeds=embeds, negative_prompt_embeds=negative)
+
+        self._write(step, make)
+        transformer.train(was_training)
+
+    def run_from_saved(self, step: int, device: torch.device) -> bool:
+        """Videos of the base model with the saved LoRA, all by stock diffusers; whether there were any to make."""
+        if not self.videos or (self.folder(step) / "prompts.json").exists():
+            return False
+        dtype = self.checkpoint.dtype_for(self.options.training.mixed_precision, device)
+        pipeline = pipeline_from_disk(self.checkpoint, self.run, dtype)
+        place(pipeline, self.sampling, device)
+        self._write(step, lambda video: self._generate(pipeline, video, prompt=video.prompt))
+        return True
+
+    def _write(self, step: int, make: Callable[[Video], np.ndarray]) -> None:
+        assert self.options.data.fps is not None
+        for video in progress_bar(self.videos, f"Videos of step {step}", "video"):
+            write_video(self.folder(step) / video.file, make(video), self.options.data.fps)
+        write_video_list(self.folder(step), self.videos)  # last: its presence says that all are there
+        logger.info("videos     %s", self.folder(step))
+
+    def _generate(self, pipeline, video: Video, **prompt) -> np.ndarray:
+        pipeline.set_progress_bar_config(disable=True)
+        tokens = self.options.encoding.max_sequence_length or self.checkpoint.max_text_tokens
+        return generate(pipeline, self.sampling, video.seed, max_sequence_length=tokens, **prompt)
+
+    def _embedding(self, prompt: str, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        tensors = self._embeddings.read_tensors(self._files[prompt])
+        return tensors["prompt_embeds"][None].to(device, dtype)
