@@ -29,6 +29,7 @@ from cogvideox_factory.config import (
     parse_command,
     print_error,
 )
+from cogvideox_factory.progress import AboveBarHandler
 
 EXIT_FAILED, EXIT_USER_ERROR, EXIT_STOPPED = 1, 2, 75
 
@@ -65,6 +66,8 @@ def run_guarded(command: Callable[[], Any]) -> int:
     except KeyboardInterrupt:
         print("cogvideox-factory: interrupted; what was saved before is kept", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # the reader of our output has seen enough
+        sys.stderr = sys.stdout = open(os.devnull, "w")
     except OSError as error:
         print_error(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}")
         return EXIT_FAILED
@@ -127,9 +130,10 @@ def quiet_libraries() -> Iterator[None]:
     Their import-time notes (optional kernels that are not there, deprecations inside themselves) are no news to
     a user.
     """
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    for library in ("torch.utils._pytree", "torchao", "bitsandbytes", "DeepSpeed", "httpx"):
-        # A filter, because importing some of them sets the level again; DeepSpeed even writes to standard output.
+    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[AboveBarHandler()])
+    for library in ("torch.utils._pytree", "torchao", "torchao.kernel.intmm", "bitsandbytes", "DeepSpeed", "httpx"):
+        # The filter too, because importing some of them sets the level again; DeepSpeed writes to standard output.
+        logging.getLogger(library).setLevel(logging.ERROR)
         logging.getLogger(library).addFilter(_only_errors)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")

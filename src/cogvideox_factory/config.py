@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import functools
+import inspect
 import sys
 import types
 import typing
@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
+import docstring_parser
 import tyro
 import yaml
 
@@ -72,7 +73,31 @@ Rate = Annotated[float | None, tyro.conf.arg(metavar="FPS", aliases=["--target_f
 Precision = Annotated[Literal["fp32", "fp16", "bf16"] | None, tyro.conf.arg(metavar="{fp32,fp16,bf16}")]
 
 
-@dataclass(frozen=True)
+OptionGroup = TypeVar("OptionGroup")
+
+
+@typing.dataclass_transform(frozen_default=True, field_specifiers=(field,))
+def option_group(cls: type[OptionGroup]) -> type[OptionGroup]:
+    """A frozen dataclass whose fields are options; the string under each is its help, with lines joined.
+
+    tyro would read the same strings, but keep their line breaks, and would print "(default: None)" beside a help
+    text that says what the default is.
+    """
+    cls = dataclass(frozen=True)(cls)
+    hints = typing.get_type_hints(cls, include_extras=True)
+    for option in docstring_parser.parse_from_object(cls).params:
+        says_default_itself = getattr(cls, option.arg_name, None) in (None, ())
+        cls.__annotations__[option.arg_name] = Annotated[
+            hints[option.arg_name],
+            tyro.conf.arg(
+                help=" ".join((option.description or "").split()),
+                help_behavior_hint="" if says_default_itself else None,
+            ),
+        ]
+    return cls
+
+
+@option_group
 class ModelOptions:
     """Which CogVideoX checkpoint to work on."""
 
@@ -87,7 +112,7 @@ class ModelOptions:
     """Where downloaded models are kept. Default: the Hub's own cache."""
 
 
-@dataclass(frozen=True)
+@option_group
 class DataOptions:
     """Which clips and captions, and how a clip is cut to the sizes that the model sees."""
 
@@ -127,7 +152,7 @@ class DataOptions:
     """Stop at the first clip that cannot be used, instead of naming and skipping it."""
 
 
-@dataclass(frozen=True)
+@option_group
 class EncodingOptions:
     """How clips and captions become latents and embeddings."""
 
@@ -141,7 +166,7 @@ class EncodingOptions:
     """Let the VAE work tile by tile: much less memory, slightly different latents at the seams."""
 
 
-@dataclass(frozen=True)
+@option_group
 class LoraOptions:
     """The adapter that is trained while the base model stays frozen."""
 
@@ -153,7 +178,7 @@ class LoraOptions:
     """Names of the linear layers that get an adapter."""
 
 
-@dataclass(frozen=True)
+@option_group
 class TrainingOptions:
     """Length, batch and bookkeeping of the training."""
 
@@ -189,7 +214,7 @@ class TrainingOptions:
     """Allow TF32 arithmetic for fp32 matrix products on Ampere and newer GPUs."""
 
 
-@dataclass(frozen=True)
+@option_group
 class OptimizerOptions:
     """The optimizer and the schedule of its learning rate."""
 
@@ -221,7 +246,7 @@ class OptimizerOptions:
     """Scale gradients down to this global norm. 0: no clipping."""
 
 
-@dataclass(frozen=True)
+@option_group
 class SamplingOptions:
     """How videos are made, in validation and in `sample`."""
 
@@ -245,7 +270,7 @@ class SamplingOptions:
     """Decode tile by tile: much less memory, faint differences at the seams."""
 
 
-@dataclass(frozen=True)
+@option_group
 class ValidationOptions:
     """Videos made before, during and after the training."""
 
@@ -261,7 +286,7 @@ class ValidationOptions:
     """Validate every so many epochs. Before the first and after the last step there is always a validation."""
 
 
-@dataclass(frozen=True)
+@option_group
 class Demo:
     """Show the whole chain on a CPU in minutes, on a tiny model of random weights and a few rendered clips.
 
@@ -274,7 +299,7 @@ class Demo:
     """Seed of the clips, the tiny model and the training."""
 
 
-@dataclass(frozen=True)
+@option_group
 class Prepare:
     """Encode clips and captions into a prepared set that `train --load_tensors` reads.
 
@@ -294,7 +319,7 @@ class Prepare:
     )
 
 
-@dataclass(frozen=True)
+@option_group
 class Train:
     """Fine-tune a LoRA on the clips of a folder, or on a prepared set.
 
@@ -322,7 +347,7 @@ class Train:
     )
 
 
-@dataclass(frozen=True)
+@option_group
 class Sample:
     """Make a video from a base model, from a base model with a LoRA, or from a training run."""
 
@@ -351,7 +376,7 @@ class Sample:
     example = 'cogvideox-factory sample --run runs/steamboat --prompt "a mouse dances" --output mouse.mp4'
 
 
-@dataclass(frozen=True)
+@option_group
 class Report:
     """Write the report of a training run: one HTML file that opens offline."""
 
@@ -372,7 +397,7 @@ COMMANDS: dict[str, type[Command]] = {
     "sample": Sample,
     "report": Report,
 }
-AnyCommand = TypeVar("AnyCommand", bound=Command)
+AnyCommand = TypeVar("AnyCommand")
 
 
 def parse_command(command_class: type[AnyCommand], name: str, arguments: Sequence[str]) -> AnyCommand:
@@ -399,7 +424,7 @@ def parse_command(command_class: type[AnyCommand], name: str, arguments: Sequenc
     return options
 
 
-def option_values(options: Command) -> dict[str, Any]:
+def option_values(options: Any) -> dict[str, Any]:
     """All options of a command as one flat mapping, in the order of their declaration."""
     return {name: getattr(owner, name) for owner, name, _ in _walk(options)}
 
@@ -431,18 +456,13 @@ def nearest(name: str, known: Sequence[str]) -> str:
 
 def _walk(options: Any) -> Iterator[tuple[Any, str, Any]]:
     """(owner, option name, annotation) of every option, groups opened."""
-    hints = _type_hints(type(options))
+    hints = typing.get_type_hints(type(options), include_extras=True)
     for item in dataclasses.fields(options):
         value = getattr(options, item.name)
         if dataclasses.is_dataclass(value):
             yield from _walk(value)
         else:
             yield options, item.name, hints[item.name]
-
-
-@functools.cache
-def _type_hints(options_class: type) -> dict[str, Any]:
-    return typing.get_type_hints(options_class, include_extras=True)
 
 
 def _plain(value: Any) -> Any:
@@ -468,7 +488,7 @@ def _take_config_flag(arguments: list[str]) -> tuple[list[str], Path | None]:
     return arguments, None
 
 
-def _flags_from_yaml(path: Path, command_class: type[Command]) -> list[str]:
+def _flags_from_yaml(path: Path, command_class: type) -> list[str]:
     """A YAML file as flags, so that a value means the same in both places and is checked by the same parser."""
     own = option_values(command_class())
     known = {name for command in COMMANDS.values() for name in option_values(command())}
@@ -491,7 +511,7 @@ def _flags_from_yaml(path: Path, command_class: type[Command]) -> list[str]:
     return flags
 
 
-def _check_values(options: Command) -> None:
+def _check_values(options: Any) -> None:
     for owner, name, annotation in _walk(options):
         value = getattr(owner, name)
         for check in _checks(annotation):
@@ -512,9 +532,9 @@ def _checks(annotation: Any) -> Iterator[Any]:
         yield from (item for item in metadata if hasattr(item, "complaint"))
 
 
-def _description(command_class: type[Command]) -> str:
+def _description(command_class: type) -> str:
     example = getattr(command_class, "example", None)
-    lines = (command_class.__doc__ or "").strip()
+    lines = inspect.cleandoc(command_class.__doc__ or "")
     lines += "\n\nAny option can also stand in a YAML file given with --config; a flag wins over the file."
     return f"{lines}\n\nExample:\n  {example}" if example else lines
 

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Iterable
-from typing import TypeVar
+from typing import Any
 
 from tqdm import tqdm
 
-Item = TypeVar("Item")
+
+class AboveBarHandler(logging.Handler):
+    """Writes log lines to standard error, above a bar that is being drawn there."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stderr)
 
 
 def progress_bar(
-    items: Iterable[Item] | None = None,
-    label: str = "",
-    unit: str = "it",
+    items: Iterable[Any] | None,
+    label: str,
+    unit: str,
     total: int | None = None,
+    *,
     done: int = 0,
-) -> tqdm[Item]:
+    is_silent: bool = False,
+) -> tqdm:
     """A bar over `items`, or one that is updated by hand, with `done` of `total` behind it already."""
     seconds_between_updates = 0.1 if sys.stderr.isatty() else 10.0
     return tqdm(
@@ -29,4 +37,5 @@ def progress_bar(
         mininterval=seconds_between_updates,
         dynamic_ncols=True,
         file=sys.stderr,
+        disable=is_silent,
     )

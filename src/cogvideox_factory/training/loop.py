@@ -176,7 +176,9 @@ def train_steps(
     transformer.train()
     memory.start_phase()
     saved_step = state.step
-    with MetricsLog(run, state.step, accelerator) as log, training_bar(state, num_steps, accelerator) as bar:
+    is_silent = not accelerator.is_main_process
+    bar = progress_bar(None, "Training", "step", num_steps, done=state.step, is_silent=is_silent)
+    with MetricsLog(run, state.step, accelerator) as log, bar:
         while state.step < num_steps and not stop.requested:
             started = time.perf_counter()
             step = next(steps)
@@ -385,10 +387,3 @@ def describe(
     )
     logger.info("clips      %s (frames × height × width)", sizes)
     logger.info("steps      %d, of which %d done; %d an epoch", num_steps, state.step, sampler.steps_per_epoch())
-
-
-def training_bar(state: TrainState, num_steps: int, accelerator: Accelerator):
-    """The bar over optimizer steps; ranks but the first have none."""
-    bar = progress_bar(None, "Training", "step", num_steps, done=state.step)
-    bar.disable = not accelerator.is_main_process
-    return bar
