@@ -31,6 +31,7 @@ from cogvideox_factory.config import (
 )
 from cogvideox_factory.progress import AboveBarHandler
 
+logger = logging.getLogger(__name__)
 EXIT_FAILED, EXIT_USER_ERROR, EXIT_STOPPED = 1, 2, 75
 
 
@@ -67,7 +68,7 @@ def run_guarded(command: Callable[[], Any]) -> int:
         print("cogvideox-factory: interrupted; what was saved before is kept", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of our output has seen enough
-        sys.stderr = sys.stdout = open(os.devnull, "w")
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit complains again
     except OSError as error:
         print_error(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}")
         return EXIT_FAILED
@@ -92,7 +93,7 @@ def run_train(options: Train) -> None:
     run = train(options)
     if int(os.environ.get("RANK", "0")) == 0:  # under a launcher, one process speaks
         run_report(Report(run=run))
-        logging.info("LoRA       %s", run / "pytorch_lora_weights.safetensors")
+        logger.info("LoRA       %s", run / "pytorch_lora_weights.safetensors")
 
 
 def run_sample(options: Sample) -> None:
@@ -107,7 +108,7 @@ def run_report(options: Report) -> None:
     from cogvideox_factory.report import write_report
 
     assert options.run is not None
-    logging.info("report     %s", write_report(options.run, options.output))
+    logger.info("report     %s", write_report(options.run, options.output))
 
 
 RUN: dict[str, Callable[[Any], None]] = {
@@ -130,7 +131,10 @@ def quiet_libraries() -> Iterator[None]:
     Their import-time notes (optional kernels that are not there, deprecations inside themselves) are no news to
     a user.
     """
-    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[AboveBarHandler()])
+    package = logging.getLogger("cogvideox_factory")
+    package.setLevel(logging.INFO)
+    if not package.handlers:
+        package.addHandler(AboveBarHandler())
     for library in ("torch.utils._pytree", "torchao", "torchao.kernel.intmm", "bitsandbytes", "DeepSpeed", "httpx"):
         # The filter too, because importing some of them sets the level again; DeepSpeed writes to standard output.
         logging.getLogger(library).setLevel(logging.ERROR)

@@ -2,8 +2,8 @@
 
 The run may have been killed, or still go on: what is missing is said on the page and is never fatal.
 
-Rejected: a plotting library (a slow import for three line charts, which then ignore phones and dark mode), and a
-chart script from a CDN (an empty page offline, and someone else learns who reads it).
+Rejected: a plotting library (a slow import for three line charts, which then ignore phones and dark mode), and
+a chart script from a CDN (an empty page offline, and someone else learns who reads it).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import math
 import os
 import re
 from collections import Counter
+from datetime import timedelta
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -137,7 +138,7 @@ def _read_lines(path: Path, notes: list[str]) -> list[dict[str, Any]]:
     *lines, unfinished = path.read_text("utf-8", errors="replace").split("\n")
     entries = [_parse(line, dict) for line in lines]
     if None in entries:
-        notes.append(f"{path} has {_counted(entries.count(None), 'damaged line')}, left out here.")
+        notes.append(f"{path}: damaged lines, left out here: {entries.count(None)}.")
     return [entry for entry in [*entries, _parse(unfinished, dict)] if entry is not None]
 
 
@@ -178,7 +179,7 @@ def _read_video(folder: Path, file: str, notes: list[str]) -> bytes | None:
 
 
 def _text(value: object) -> str:
-    return escape(str(value), quote=True)
+    return escape(str(value))
 
 
 def _finite(value: Any) -> float | None:
@@ -190,17 +191,6 @@ def _finite(value: Any) -> float | None:
 def _number(value: float) -> str:
     text = f"{value:.3e}" if 0 < abs(value) < 1e-3 else f"{value:.4g}"
     return re.sub(r"\.?0*e\+?(-?)0*", r"e\1", text)  # 1e-4, not 1.000e-04
-
-
-def _counted(count: int, noun: str) -> str:
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
-
-
-def _duration(seconds: float) -> str:
-    minutes, hours = int(seconds // 60), int(seconds // 3600)
-    if hours:
-        return f"{hours:,} h {minutes % 60:02d} min"
-    return f"{minutes} min {int(seconds % 60):02d} s" if minutes else f"{seconds:.1f} s"
 
 
 def _section(title: str, *parts: str) -> str:
@@ -220,6 +210,7 @@ def _table(headings: list[str], rows: list[list[Any]]) -> str:
 def _summary(config: dict[str, Any], metrics: list[dict[str, Any]]) -> str:
     last = metrics[-1] if metrics else {}
     loss, step, planned_steps = last.get("loss"), last.get("step", 0), config.get("max_train_steps")
+    seconds = sum(_finite(entry.get("step_seconds")) or 0 for entry in metrics)
     is_full = config.get("training_type") == "sft"
     facts = {
         "Model": config.get("pretrained_model_name_or_path", "unknown"),
@@ -227,7 +218,7 @@ def _summary(config: dict[str, Any], metrics: list[dict[str, Any]]) -> str:
         "Steps": f"{step} of {planned_steps}" if planned_steps else step,
         "Samples seen": last.get("samples_seen", 0),
         "Last loss": _number(loss) if isinstance(loss, int | float) else "none yet",
-        "Training time": _duration(sum(_finite(entry.get("step_seconds")) or 0 for entry in metrics)),
+        "Training time": timedelta(seconds=round(seconds)),
         "Version": config.get("version", "unknown"),
     }
     items = "".join(f"<div><dt>{label}</dt><dd>{_text(value)}</dd></div>\n" for label, value in facts.items())
@@ -247,11 +238,11 @@ def _sample_row(prompt: str, seed: str, videos: VideosByStep) -> str:
     latest = max(videos)
     between = [step for step in sorted(videos) if 0 < step < latest]
     strip = (
-        f"<details><summary>{_counted(len(between), 'step')} in between</summary>\n"
+        f"<details><summary>In between: {len(between)}</summary>\n"
         f'<div class="strip">{"".join(_figure(videos, step) for step in between)}</div></details>\n'
     )
     return (
-        f'<article class="sample">\n<p>{_text(prompt)} <small>seed {_text(seed)}</small></p>\n'
+        f'<article class="sample">\n<p>{_text(prompt)} <small>seed&nbsp;{_text(seed)}</small></p>\n'
         f'<div class="pair">{_figure(videos, 0)}{_figure(videos, latest or None)}</div>\n'
         f"{strip if between else ''}</article>"
     )
@@ -270,10 +261,10 @@ def _figure(videos: VideosByStep, step: int | None) -> str:
 
 def _curves_section(metrics: list[dict[str, Any]]) -> str:
     if not metrics:
-        return _section("Loss", _quiet("No step has been finished yet."))
+        return _section("Training", _quiet("No step has been finished yet."))
     small = _chart(metrics, "lr", "Learning rate", is_noisy=False) + _chart(metrics, "grad_norm", "Gradient norm")
     legend = _quiet("A dot is a step, a line the running mean.")
-    return _section("Loss", legend, _chart(metrics, "loss", "Loss"), f'<div class="pair">{small}</div>')
+    return _section("Training", legend, _chart(metrics, "loss", "Loss"), f'<div class="pair">{small}</div>')
 
 
 def _chart(metrics: list[dict[str, Any]], key: str, title: str, is_noisy: bool = True) -> str:
@@ -281,13 +272,14 @@ def _chart(metrics: list[dict[str, Any]], key: str, title: str, is_noisy: bool =
     pairs = [(_finite(entry.get("step")), _finite(entry.get(key))) for entry in metrics]
     points = [(step, value) for step, value in pairs if step is not None and value is not None]
     gaps = len(pairs) - len(points)
-    remark = f" <small>{_counted(gaps, 'step')} without a finite value</small>" if gaps else ""
+    remark = f" <small>steps without a finite value: {gaps}</small>" if gaps else ""
     caption = f"<figcaption>{title}{remark}</figcaption>"
     if not points:
         return f"<figure>{caption}</figure>\n"
 
     last_step = max(1.0, points[-1][0])
-    ticks = _round_ticks(*_value_range([value for _, value in points]))
+    values = [value for _, value in points]
+    ticks = _round_ticks(min(values), max(values))
 
     def across(step: float) -> str:
         return f"{100 * step / last_step:.2f}"
@@ -316,16 +308,11 @@ def _chart(metrics: list[dict[str, Any]], key: str, title: str, is_noisy: bool =
 """
 
 
-def _value_range(values: list[float]) -> tuple[float, float]:
-    low, high = min(values), max(values)
-    size = max(abs(low), abs(high))
-    if size < 1e-30:
-        return 0, 1
-    return (low - size, high + size) if high - low < 1e-3 * size else (low, high)  # flat: drawn in the middle
-
-
 def _round_ticks(low: float, high: float) -> list[float]:
     """Multiples of 1, 2 or 5 times a power of ten, about five of them, that enclose the range."""
+    size = max(abs(low), abs(high), 1e-30)
+    if high - low < 1e-3 * size:  # a flat line is drawn in the middle
+        low, high = low - size, high + size
     wanted = (high - low) / 5
     power = 10.0 ** math.floor(math.log10(wanted))
     step = next(power * factor for factor in (1, 2, 5, 10, 20) if power * factor >= 0.999 * wanted)
@@ -333,14 +320,16 @@ def _round_ticks(low: float, high: float) -> list[float]:
 
 
 def _smoothed(points: Points) -> Points:
-    """Running mean with exponential weights: unlike a window's mean, it costs the same for a run of any length."""
-    keep = 1 - 1 / max(5, len(points) / 20)
-    total = weight = 0.0
-    means = []
-    for step, value in points:
-        total, weight = keep * total + value, keep * weight + 1
-        means.append((step, total / weight))
-    return means
+    """Running mean with exponential weights, taken forwards and then backwards, so that it does not lag behind."""
+    keep = 1 - 1 / max(3, len(points) / 40)
+    for _ in range(2):
+        total = weight = 0.0
+        means = []
+        for step, value in points:
+            total, weight = keep * total + value, keep * weight + 1
+            means.append((step, total / weight))
+        points = means[::-1]
+    return points
 
 
 def _thinned(points: Points) -> Points:
@@ -360,7 +349,7 @@ def _memory_section(memory: dict[str, Any]) -> str:
     bars = ""
     for (phase, kind), figure in figures.items():
         label = f"<dt>{MEMORY_PHASES[phase]}</dt>\n" if kind == kinds[0] else ""
-        value = f"not {kind}" if figure is None else f"{figure:.1f} {memory.get('unit', 'GiB')} {kind}"
+        value = f"not {kind}" if figure is None else f"{figure:.2f} {memory.get('unit', 'GiB')} {kind}"
         bar = f'<span class="{kind}" style="width:{100 * (figure or 0) / largest:.1f}%"></span>'
         bars += f'{label}<dd><span class="track">{bar}</span>{_text(value)}</dd>\n'
     return _section("Memory", _quiet(memory.get("kind", "unknown kind")), f'<dl class="bars">\n{bars}</dl>')
@@ -372,7 +361,7 @@ def _clips_section(clips: list[dict[str, Any]], preparation: dict[str, Any], pre
     sizes = Counter(tuple(clip.get("bucket") or ("unknown", "?", "?")) for clip in clips)
     rows = [[frames, f"{height} × {width}", count] for (frames, height, width), count in sizes.most_common()]
     counts = [f"{preparation[name]} {name}" for name in ("encoded", "reused") if name in preparation]
-    summary = ", ".join([_counted(len(clips), "clip"), *counts])
+    summary = ", ".join([f"{len(clips)} prepared", *counts])
     return _section("Clips", _quiet(summary), _table(["Frames", "Height × width", "Clips"], rows))
 
 
@@ -414,7 +403,7 @@ button { padding: .3rem 1rem; border: 1px solid var(--rule); border-radius: 1rem
 .sample { margin: .5rem 0 2rem; }
 .sample > p { max-width: 44rem; margin-bottom: .6rem; }
 .pair { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: .5rem 1rem; }
-.strip { display: grid; grid-template-columns: repeat(auto-fill, minmax(8rem, 1fr)); gap: .5rem; }
+.strip { display: grid; grid-template-columns: repeat(auto-fill, minmax(6rem, 1fr)); gap: .5rem; }
 summary { margin: .5rem 0; cursor: pointer; }
 video { display: block; width: 100%; margin-bottom: .3rem; border-radius: 4px; background: var(--track); }
 .missing { display: grid; place-items: center; min-height: 8rem; padding: 1rem; border-radius: 4px;
@@ -429,7 +418,7 @@ svg text { fill: var(--quiet); font-size: .75rem; }
 path { fill: none; vector-effect: non-scaling-stroke; stroke: var(--accent); stroke-linecap: round;
   stroke-linejoin: round; }
 .line { stroke-width: 2; }
-.dots { stroke-width: 4; stroke-opacity: .25; }
+.dots { stroke-width: 4; stroke-opacity: .3; }
 .bars dt { margin-top: .7rem; }
 .bars dd { display: grid; grid-template-columns: 1fr 9rem; gap: 1rem; align-items: center;
   font-size: .85rem; }
@@ -439,6 +428,7 @@ path { fill: none; vector-effect: non-scaling-stroke; stroke: var(--accent); str
 table { width: 100%; border-collapse: collapse; font-size: .9rem; }
 th, td { padding: .35rem .75rem .35rem 0; border-bottom: 1px solid var(--rule); text-align: left;
   vertical-align: top; white-space: pre-wrap; }
+details td:first-child { min-width: 10.5rem; }
 .note { margin-top: .6rem; color: var(--warning); font-size: .9rem; }
 """
 
@@ -453,7 +443,7 @@ for (const sample of document.querySelectorAll(".sample")) {
   leader.addEventListener("timeupdate", () => {
     for (const other of others) {
       const gap = Math.abs(other.currentTime - leader.currentTime);
-      if (Math.min(gap, other.duration - gap) > 0.1) other.currentTime = leader.currentTime;
+      if (Math.min(gap, other.duration - gap) > 0.06) other.currentTime = leader.currentTime;
     }
   });
 }

@@ -1,0 +1,298 @@
+"""The loop against a plain PyTorch loop, against an uninterrupted run, and against a user's mistakes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from diffusers import CogVideoXDDIMScheduler, CogVideoXPipeline, CogVideoXTransformer3DModel
+from peft import LoraConfig
+from safetensors.torch import load_file
+
+from cogvideox_factory.data.buckets import Position, Sampler
+from cogvideox_factory.data.loader import PreparedClips
+from cogvideox_factory.data.store import Entry, PreparedSet
+from cogvideox_factory.training import loop
+from cogvideox_factory.training.checkpoint import list_checkpoints
+from cogvideox_factory.training.metrics import MetricsLog, read_metrics
+
+Cli = Callable[..., tuple[int, str, str]]
+LORA = "pytorch_lora_weights.safetensors"
+
+
+@pytest.fixture
+def train(cli: Cli, tiny_model: Path, prepared_folder: Path) -> Callable[..., tuple[int, str]]:
+    """Call `train` on the prepared clips: exit code and standard error."""
+
+    def call(run: Path, *flags: str | Path) -> tuple[int, str]:
+        code, _, messages = cli(
+            *("train", "--pretrained_model_name_or_path", tiny_model, "--data_root", prepared_folder),
+            *("--load_tensors", "--output_dir", run, "--rank", "4", "--lora_alpha", "8"),
+            *("--learning_rate", "1e-2", "--train_batch_size", "2", *flags),
+        )
+        return code, messages
+
+    return call
+
+
+def plain_loop(model: Path, prepared: PreparedSet, entries: list[Entry], num_steps: int, accumulate: int = 1):
+    """Thirty lines of PyTorch, diffusers and peft that train the same adapter on the same clips; its LoRA weights."""
+    transformer = CogVideoXTransformer3DModel.from_pretrained(model, subfolder="transformer").requires_grad_(False)
+    torch.manual_seed(7)
+    transformer.add_adapter(LoraConfig(r=4, lora_alpha=8, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
+    parameters = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=1e-4)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, step / 3))
+    scheduler = CogVideoXDDIMScheduler.from_pretrained(model, subfolder="scheduler")
+    pipeline = CogVideoXPipeline.from_pretrained(model)
+    rotary = pipeline._prepare_rotary_positional_embeddings(64, 96, 5, torch.device("cpu"))
+    sampler = Sampler([entry.bucket for entry in entries], 2, num_micro_batches=accumulate, seed=7)
+    clips = PreparedClips(prepared, entries, prepared.read_settings()["empty_prompt"], seed=7, caption_dropout=0.1)
+    steps = [(epoch, step) for epoch in range(num_steps) for step in sampler.epoch(epoch)]
+    for epoch, step in steps[:num_steps]:
+        for batch in clips[Position(epoch), step].batches:
+            latents = batch.raw_latents * pipeline.vae.config.scaling_factor
+            timesteps = (batch.timestep_quantiles * 1000).long()
+            velocity = transformer(
+                hidden_states=scheduler.add_noise(latents, batch.noise, timesteps),
+                encoder_hidden_states=batch.prompt_embeds,
+                timestep=timesteps,
+                image_rotary_emb=rotary,
+                return_dict=False,
+            )[0]
+            error = velocity - scheduler.get_velocity(latents, batch.noise, timesteps)
+            (error.square().flatten(1).mean(1).mean() / accumulate).backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 0.01)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    return {name: value for name, value in transformer.named_parameters() if value.requires_grad}
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_weights_equal_those_of_a_plain_loop_bit_for_bit(
+    train, tmp_path: Path, tiny_model: Path, prepared: PreparedSet, entries: list[Entry], accumulate: int
+) -> None:
+    code, messages = train(
+        tmp_path / "run",
+        *("--seed", "7", "--max_train_steps", "8", "--lr_warmup_steps", "3", "--max_grad_norm", "0.01"),
+        *("--lr_scheduler", "constant_with_warmup", "--gradient_accumulation_steps", str(accumulate)),
+    )
+    assert code == 0, messages
+    ours = load_file(tmp_path / "run/checkpoints/step-00000008/trainable.safetensors")
+    theirs = plain_loop(tiny_model, prepared, entries, 8, accumulate)
+    assert ours.keys() == theirs.keys()
+    assert any(value.abs().max() > 0 for name, value in theirs.items() if "lora_B" in name)
+    for name, value in theirs.items():
+        assert torch.equal(ours[name], value), name
+
+
+def test_gradient_checkpointing_changes_no_weight(train, tmp_path: Path) -> None:
+    for name, flags in (("plain", ()), ("checkpointed", ("--gradient_checkpointing",))):
+        assert train(tmp_path / name, "--max_train_steps", "4", *flags)[0] == 0
+    plain, checkpointed = (load_file(tmp_path / name / LORA) for name in ("plain", "checkpointed"))
+    assert all(torch.equal(plain[name], checkpointed[name]) for name in plain)
+
+
+def test_gradient_checkpointing_recomputes_the_blocks(train, tmp_path: Path, monkeypatch) -> None:
+    from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXBlock
+
+    calls = []
+    forward = CogVideoXBlock.forward
+    monkeypatch.setattr(CogVideoXBlock, "forward", lambda *a, **k: calls.append(1) or forward(*a, **k))
+    assert train(tmp_path / "run", "--max_train_steps", "1", "--gradient_checkpointing")[0] == 0
+    assert len(calls) == 2 * 4  # four blocks, forward and once more in the backward pass
+
+
+class StopAfter:
+    """Sends this process a signal right after a given step was logged, as a user or a cluster would."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, step: int, number: signal.Signals):
+        write = MetricsLog.write
+
+        def write_then_signal(log: MetricsLog, **values) -> None:
+            write(log, **values)
+            if values["step"] == step:
+                os.kill(os.getpid(), number)
+
+        monkeypatch.setattr(MetricsLog, "write", write_then_signal)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_stopped_by_a_signal_and_resumed_equals_one_never_stopped(
+    train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    flags = ("--max_train_steps", "9", "--lr_scheduler", "cosine", "--gradient_accumulation_steps", "2")
+    assert train(tmp_path / "whole", *flags)[0] == 0
+    with monkeypatch.context() as patch:
+        StopAfter(patch, 4, number)  # in the middle of an epoch: three steps make one
+        code, messages = train(tmp_path / "parts", *flags)
+    assert code == 75 and "stopped after step 4 of 9" in messages and "--resume_from_checkpoint latest" in messages
+    assert not (tmp_path / "parts" / LORA).exists()
+    code, messages = train(tmp_path / "parts", *flags, "--resume_from_checkpoint", "latest")
+    assert code == 0, messages
+    for file in (LORA, "checkpoints/step-00000009/trainable.safetensors"):
+        whole, parts = load_file(tmp_path / "whole" / file), load_file(tmp_path / "parts" / file)
+        assert whole.keys() == parts.keys()
+        assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    volatile = ("step_seconds", "data_seconds", "memory_gib")
+    whole_lines, part_lines = (
+        [{key: value for key, value in line.items() if key not in volatile} for line in read_metrics(path)]
+        for path in (tmp_path / "whole/metrics.jsonl", tmp_path / "parts/metrics.jsonl")
+    )
+    assert part_lines == whole_lines and [line["step"] for line in part_lines] == list(range(1, 10))
+
+
+def test_resuming_from_an_older_checkpoint_drops_the_lines_after_it(train, tmp_path: Path) -> None:
+    flags = ("--max_train_steps", "6", "--checkpointing_steps", "2")
+    assert train(tmp_path / "run", *flags)[0] == 0
+    before = load_file(tmp_path / "run" / LORA)
+    code, messages = train(tmp_path / "run", *flags, "--resume_from_checkpoint", "step-00000002")
+    assert code == 0 and "step-00000002" in messages
+    assert [line["step"] for line in read_metrics(tmp_path / "run/metrics.jsonl")] == list(range(1, 7))
+    after = load_file(tmp_path / "run" / LORA)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_latest_starts_from_the_beginning_where_nothing_is_saved_yet(train, tmp_path: Path) -> None:
+    code, messages = train(tmp_path / "run", "--max_train_steps", "1", "--resume_from_checkpoint", "latest")
+    assert code == 0 and "starting from the beginning" in messages
+
+
+def test_a_finished_run_says_so_and_exits_with_0(train, tmp_path: Path) -> None:
+    assert train(tmp_path / "run", "--max_train_steps", "2")[0] == 0
+    code, messages = train(tmp_path / "run", "--max_train_steps", "2", "--resume_from_checkpoint", "latest")
+    assert code == 0 and "finished" in messages
+    assert len(read_metrics(tmp_path / "run/metrics.jsonl")) == 2
+
+
+def test_a_folder_that_holds_a_run_is_refused(train, tmp_path: Path) -> None:
+    assert train(tmp_path / "run", "--max_train_steps", "1")[0] == 0
+    before = (tmp_path / "run/metrics.jsonl").read_bytes()
+    code, messages = train(tmp_path / "run", "--max_train_steps", "1")
+    assert code == 2 and "holds a run already" in messages and "Traceback" not in messages
+    assert (tmp_path / "run/metrics.jsonl").read_bytes() == before
+
+
+def test_config_yaml_repeats_the_run(train, cli: Cli, tmp_path: Path) -> None:
+    assert train(tmp_path / "first", "--max_train_steps", "3", "--seed", "5")[0] == 0
+    code, _, messages = cli("train", "--config", tmp_path / "first/config.yaml", "--output_dir", tmp_path / "again")
+    assert code == 0, messages
+    first, again = load_file(tmp_path / "first" / LORA), load_file(tmp_path / "again" / LORA)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    settings = [yaml.safe_load((tmp_path / name / "config.yaml").read_text()) for name in ("first", "again")]
+    assert settings[0].pop("output_dir") != settings[1].pop("output_dir")
+    assert settings[0] == settings[1]
+
+
+def test_checkpoints_are_kept_up_to_the_limit_newest_last(train, tmp_path: Path) -> None:
+    flags = ("--max_train_steps", "5", "--checkpointing_steps", "1", "--checkpoints_total_limit", "2")
+    assert train(tmp_path / "run", *flags)[0] == 0
+    assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["step-00000004", "step-00000005"]
+
+
+def test_every_file_of_the_contract_is_written(train, tmp_path: Path) -> None:
+    code, messages = train(
+        tmp_path / "run",
+        *("--max_train_steps", "2", "--checkpointing_steps", "1", "--validation_prompt", "a red square ::: a circle"),
+        *("--validation_steps", "1", "--num_inference_steps", "2"),
+    )
+    assert code == 0, messages
+    run = tmp_path / "run"
+    lines = read_metrics(run / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [1, 2] and [line["samples_seen"] for line in lines] == [2, 4]
+    expected = {"step", "epoch", "loss", "lr", "grad_norm", "step_seconds", "data_seconds", "samples_seen"}
+    assert expected | {"memory_gib"} == set(lines[0])
+    memory = json.loads((run / "memory.json").read_text())
+    assert memory["kind"] == "resident memory of the process"
+    assert set(memory["measured"]) == {
+        *("memory_before_training", "memory_before_validation", "memory_after_validation", "memory_after_testing")
+    }
+    for step in (0, 1, 2):
+        folder = run / f"validation/step-{step:08}"
+        listed = json.loads((folder / "prompts.json").read_text())
+        assert [item["prompt"] for item in listed] == ["a red square", "a circle"]
+        assert all((folder / item["file"]).stat().st_size > 0 for item in listed)
+    assert (run / "report.html").exists() and (run / LORA).exists() and (run / "config.yaml").exists()
+    assert not list(run.rglob("*.part")) and not list(run.rglob(".lora-*"))
+
+
+def test_memory_of_the_gpu_is_never_claimed_on_a_cpu(train, tmp_path: Path) -> None:
+    assert train(tmp_path / "run", "--max_train_steps", "1")[0] == 0
+    measured = json.loads((tmp_path / "run/memory.json").read_text())["measured"]
+    assert 0.1 < measured["memory_before_training"] <= measured["memory_before_validation"] < 20
+
+
+def test_raw_clips_are_prepared_into_the_run_and_reused(
+    cli: Cli, tmp_path: Path, tiny_model: Path, clips: Path
+) -> None:
+    flags = ("--pretrained_model_name_or_path", tiny_model, "--data_root", clips, "--output_dir", tmp_path / "run")
+    code, _, messages = cli("train", *flags, "--max_train_steps", "1")
+    assert code == 0, messages
+    report = json.loads((tmp_path / "run/prepared/report.json").read_text())
+    assert (report["encoded"], report["reused"]) == (12, 0)
+    code, _, messages = cli("train", *flags, "--max_train_steps", "2", "--resume_from_checkpoint", "latest")
+    assert code == 0, messages
+    report = json.loads((tmp_path / "run/prepared/report.json").read_text())
+    assert (report["encoded"], report["reused"]) == (0, 12)
+
+
+def test_training_raw_clips_equals_training_the_prepared_set(
+    cli: Cli, train, tmp_path: Path, tiny_model: Path, clips: Path
+) -> None:
+    code, _, messages = cli(
+        *("train", "--pretrained_model_name_or_path", tiny_model, "--data_root", clips, "--output_dir"),
+        *(tmp_path / "raw", "--rank", "4", "--lora_alpha", "8", "--learning_rate", "1e-2"),
+        *("--train_batch_size", "2", "--max_train_steps", "3"),
+    )
+    assert code == 0, messages
+    assert train(tmp_path / "prepared", "--max_train_steps", "3")[0] == 0
+    raw, prepared = load_file(tmp_path / "raw" / LORA), load_file(tmp_path / "prepared" / LORA)
+    assert all(torch.equal(raw[name], prepared[name]) for name in raw)
+
+
+def test_a_set_prepared_with_another_vae_is_refused(
+    cli: Cli, tmp_path: Path, prepared_folder: Path, tiny_model: Path
+) -> None:
+    from cogvideox_factory.demo.tiny_model import build_tiny_pipeline
+
+    build_tiny_pipeline(seed=99).save_pretrained(tmp_path / "other")
+    code, _, messages = cli(
+        *("train", "--pretrained_model_name_or_path", tmp_path / "other", "--data_root", prepared_folder),
+        *("--load_tensors", "--output_dir", tmp_path / "run", "--max_train_steps", "1"),
+    )
+    assert code == 2 and "another vae" in messages and "Traceback" not in messages
+
+
+def test_a_checkpoint_of_another_rank_is_refused_naming_the_difference(train, tmp_path: Path) -> None:
+    assert train(tmp_path / "run", "--max_train_steps", "1")[0] == 0
+    flags = ("--max_train_steps", "2", "--resume_from_checkpoint", "latest", "--rank", "8")
+    code, messages = train(tmp_path / "run", *flags)
+    assert code == 2 and "--rank" in messages and "Traceback" not in messages
+
+
+def test_accumulated_micro_batches_give_the_loss_of_one_batch(train, tmp_path: Path) -> None:
+    """Each clip of a step weighs the same however the step is cut, because its random numbers belong to it."""
+    losses = []
+    for size, accumulate in (("4", "1"), ("2", "2"), ("1", "4")):
+        run = tmp_path / size
+        flags = ("--train_batch_size", size, "--gradient_accumulation_steps", accumulate)
+        assert train(run, "--max_train_steps", "4", *flags)[0] == 0
+        losses.append([line["loss"] for line in read_metrics(run / "metrics.jsonl")])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5) and losses[2] == pytest.approx(losses[0], rel=1e-5)
+
+
+def test_the_frozen_base_is_what_it_was(train, tmp_path: Path, monkeypatch, tiny_model: Path) -> None:
+    models = []
+    build = loop.build_model
+    monkeypatch.setattr(loop, "build_model", lambda *a: models.append(build(*a)) or models[-1])
+    assert train(tmp_path / "run", "--max_train_steps", "3")[0] == 0
+    base = CogVideoXTransformer3DModel.from_pretrained(tiny_model, subfolder="transformer").state_dict()
+    trained = {name.replace(".base_layer", ""): value for name, value in models[0].state_dict().items()}
+    assert all(torch.equal(trained[name], value) for name, value in base.items())
