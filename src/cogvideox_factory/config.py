@@ -397,6 +397,17 @@ COMMANDS: dict[str, type[Command]] = {
     "sample": Sample,
     "report": Report,
 }
+# Flags that existing scripts use and that have become needless: accepted, with a line that says what happens instead.
+NEEDLESS: dict[type, dict[str, str]] = {
+    Prepare: {
+        "save_latents_and_embeddings": "latents and embeddings are always saved",
+        "save_image_latents": "what image-to-video models need is saved for them by itself",
+        "batch_size": "clips are encoded one by one, which gives the same tensors and needs the least memory",
+        "num_decode_threads": "decoding uses all cores",
+        "num_artifact_workers": "each clip is written as soon as it is encoded",
+        "seed": "nothing in `prepare` is random: every epoch draws anew from the stored distribution",
+    },
+}
 AnyCommand = TypeVar("AnyCommand")
 
 
@@ -407,6 +418,7 @@ def parse_command(command_class: type[AnyCommand], name: str, arguments: Sequenc
     missing; exits with code 2 and a message for flags that cannot be parsed.
     """
     arguments, yaml_file = _take_config_flag(list(arguments))
+    arguments = _drop_needless(arguments, NEEDLESS.get(command_class, {}))
     from_yaml = _flags_from_yaml(yaml_file, command_class) if yaml_file else []
     options = tyro.cli(
         command_class,
@@ -486,6 +498,21 @@ def _take_config_flag(arguments: list[str]) -> tuple[list[str], Path | None]:
             value = arguments[index + 1]
         return arguments[:index] + arguments[index + (1 if equals else 2) :], Path(value)
     return arguments, None
+
+
+def _drop_needless(arguments: list[str], needless: dict[str, str]) -> list[str]:
+    """Arguments without the flags that have become needless and their values."""
+    kept: list[str] = []
+    is_dropping = False
+    for argument in arguments:
+        if argument.startswith("--"):
+            name = argument[2:].partition("=")[0]
+            is_dropping = name in needless
+            if is_dropping:
+                print(f"--{name} is no longer needed: {needless[name]}", file=sys.stderr)
+        if not is_dropping:
+            kept.append(argument)
+    return kept
 
 
 def _flags_from_yaml(path: Path, command_class: type) -> list[str]:

@@ -105,7 +105,12 @@ def test_gradient_checkpointing_recomputes_the_blocks(train, tmp_path: Path, mon
 
     calls = []
     forward = CogVideoXBlock.forward
-    monkeypatch.setattr(CogVideoXBlock, "forward", lambda *a, **k: calls.append(1) or forward(*a, **k))
+
+    def counted(*arguments, **options):
+        calls.append(1)
+        return forward(*arguments, **options)
+
+    monkeypatch.setattr(CogVideoXBlock, "forward", counted)
     assert train(tmp_path / "run", "--max_train_steps", "1", "--gradient_checkpointing")[0] == 0
     assert len(calls) == 2 * 4  # four blocks, forward and once more in the backward pass
 
@@ -291,7 +296,12 @@ def test_accumulated_micro_batches_give_the_loss_of_one_batch(train, tmp_path: P
 def test_the_frozen_base_is_what_it_was(train, tmp_path: Path, monkeypatch, tiny_model: Path) -> None:
     models = []
     build = loop.build_model
-    monkeypatch.setattr(loop, "build_model", lambda *a: models.append(build(*a)) or models[-1])
+
+    def build_and_keep(*arguments):
+        models.append(build(*arguments))
+        return models[-1]
+
+    monkeypatch.setattr(loop, "build_model", build_and_keep)
     assert train(tmp_path / "run", "--max_train_steps", "3")[0] == 0
     base = CogVideoXTransformer3DModel.from_pretrained(tiny_model, subfolder="transformer").state_dict()
     trained = {name.replace(".base_layer", ""): value for name, value in models[0].state_dict().items()}

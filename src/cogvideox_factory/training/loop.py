@@ -19,6 +19,7 @@ from accelerate.utils import AutocastKwargs
 
 from cogvideox_factory.config import Train, UserError, write_config
 from cogvideox_factory.data.buckets import Bucket, Position, Sampler
+from cogvideox_factory.data.clips import read_clips
 from cogvideox_factory.data.loader import PreparedClips, StepBatches, load_steps
 from cogvideox_factory.data.store import Entry, PreparedSet, hash_of
 from cogvideox_factory.model.adapters import attach_lora, save_lora, trainable_parameters
@@ -68,6 +69,8 @@ def train(options: Train) -> Path:
     options = resolve_options(options, checkpoint)
     accelerator = make_accelerator(options, checkpoint)
     device = accelerator.device
+    if not options.training.load_tensors:
+        read_clips(options.data)  # what is wrong with the data set as a whole is said before a folder is made
     if accelerator.is_main_process:
         claim_run_folder(run, options)
     accelerator.wait_for_everyone()

@@ -1,0 +1,153 @@
+"""The program as a user meets it: exit codes and messages in-process, and one real process a command."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from cogvideox_factory.config import COMMANDS
+
+Cli = Callable[..., tuple[int, str, str]]
+PROGRAM = [sys.executable, "-m", "cogvideox_factory"]
+
+
+def assert_one_message(code: int, messages: str, *parts: str) -> None:
+    """Exit code 2, no traceback, and a message with all of these parts."""
+    assert code == 2, messages
+    assert "Traceback" not in messages
+    for part in parts:
+        assert part in messages
+
+
+def run(*arguments: str | Path, **options) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*PROGRAM, *map(str, arguments)], capture_output=True, text=True, timeout=300, **options)
+
+
+def test_help_lists_every_command(cli: Cli) -> None:
+    for flag in ((), ("--help",), ("help",)):
+        code, output, _ = cli(*flag)
+        assert code == 0 and all(f"  {name}" in output for name in COMMANDS)
+
+
+def test_an_unknown_command_proposes_the_nearest(cli: Cli) -> None:
+    code, _, messages = cli("trian")
+    assert_one_message(code, messages, "trian", "did you mean train?")
+
+
+def test_an_unknown_flag_proposes_the_nearest(cli: Cli) -> None:
+    code, output, messages = cli("train", "--height_bucket", "480")
+    assert_one_message(code, output + messages, "--height_bucket", "--height_buckets")
+
+
+def test_a_missing_data_root_is_named(cli: Cli, tiny_model: Path, tmp_path: Path) -> None:
+    for command in ("prepare", "train"):
+        code, _, messages = cli(
+            *(command, "--pretrained_model_name_or_path", tiny_model, "--data_root", tmp_path / "nowhere"),
+            *("--output_dir", tmp_path / command),
+        )
+        assert_one_message(code, messages, "--data_root", "nowhere")
+        assert not (tmp_path / command).exists()  # nothing is made before the input was looked at
+
+
+def test_unequal_counts_name_both_numbers(cli: Cli, tiny_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("one\ntwo\nthree\n")
+    (tmp_path / "videos.txt").write_text("a.mp4\nb.mp4\n")
+    code, _, messages = cli(
+        *("prepare", "--pretrained_model_name_or_path", tiny_model, "--data_root", tmp_path, "--output_dir"),
+        tmp_path / "out",
+    )
+    assert_one_message(code, messages, "3 lines", "2; they must be equal")
+
+
+def test_no_usable_clip_gives_the_first_reason(cli: Cli, tiny_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("one\n")
+    (tmp_path / "videos.txt").write_text("a.mp4\n")
+    code, _, messages = cli(
+        *("prepare", "--pretrained_model_name_or_path", tiny_model, "--data_root", tmp_path, "--output_dir"),
+        tmp_path / "out",
+    )
+    assert_one_message(code, messages, "no usable clip", "a.mp4", "no such file")
+
+
+def test_a_folder_that_is_no_pipeline_is_refused(cli: Cli, clips: Path, tmp_path: Path) -> None:
+    for command in ("prepare", "train"):
+        code, _, messages = cli(
+            *(command, "--pretrained_model_name_or_path", clips, "--data_root", clips, "--output_dir", tmp_path / "out")
+        )
+        assert_one_message(code, messages, "--pretrained_model_name_or_path", "not a CogVideoX pipeline")
+
+
+@pytest.mark.parametrize("command", ["prepare", "train"])
+def test_an_output_folder_that_cannot_be_written_is_refused(
+    cli: Cli, command: str, tiny_model: Path, clips: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    code, _, messages = cli(
+        *(command, "--pretrained_model_name_or_path", tiny_model, "--data_root", clips),
+        *("--output_dir", tmp_path / "file" / "out"),
+    )
+    assert_one_message(code, messages, "--output_dir", "cannot be written to", "choose another folder")
+
+
+def test_report_of_a_folder_without_a_run_is_refused(cli: Cli, tmp_path: Path) -> None:
+    code, _, messages = cli("report", "--run", tmp_path)
+    assert_one_message(code, messages, str(tmp_path))
+
+
+def test_a_failure_of_the_machine_is_exit_1_with_the_file(cli: Cli, monkeypatch, tmp_path: Path) -> None:
+    import cogvideox_factory.report
+
+    def full_disk(*arguments) -> None:
+        raise OSError(28, "No space left on device", "report.html")
+
+    monkeypatch.setattr(cogvideox_factory.report, "write_report", full_disk)
+    code, _, messages = cli("report", "--run", tmp_path)
+    assert code == 1 and "No space left on device: report.html" in messages and "Traceback" not in messages
+
+
+def test_demo_refuses_a_folder_that_it_did_not_make(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "precious.txt").write_text("mine")
+    code, _, messages = cli("demo", "--output_dir", tmp_path)
+    assert_one_message(code, messages, "not made by a demo")
+    assert (tmp_path / "precious.txt").read_text() == "mine"
+
+
+def test_help_answers_in_a_fresh_process() -> None:
+    done = run("--help")
+    assert done.returncode == 0 and "usage: cogvideox-factory" in done.stdout
+
+
+def test_prepare_train_sample_and_report_run_as_processes(tiny_model: Path, clips: Path, tmp_path: Path) -> None:
+    prepared, trained = tmp_path / "prepared", tmp_path / "run"
+    model = ("--pretrained_model_name_or_path", tiny_model)
+    done = run("prepare", *model, "--data_root", clips, "--output_dir", prepared)
+    assert done.returncode == 0, done.stderr
+    flags = (*model, "--data_root", prepared, "--load_tensors", "--output_dir", trained, "--max_train_steps", "2")
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
+    launched = subprocess.run(
+        [*launch, "-m", "cogvideox_factory", "train", *map(str, flags)], capture_output=True, text=True, timeout=300
+    )
+    assert launched.returncode == 0, launched.stderr
+    assert (trained / "pytorch_lora_weights.safetensors").exists()
+    request = ("--prompt", "a red square", "--num_inference_steps", "2", "--output", tmp_path / "x.mp4")
+    done = run("sample", "--run", trained, *request, "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["output"] == str(tmp_path / "x.mp4")  # standard output holds nothing else
+    done = run("report", "--run", trained, "--output", tmp_path / "report.html")
+    assert done.returncode == 0 and "report.html" in done.stderr
+
+
+def test_demo_ends_with_the_lora_the_videos_and_the_report(tmp_path: Path) -> None:
+    done = run("demo", "--output_dir", tmp_path / "demo")
+    assert done.returncode == 0, done.stderr
+    last = done.stderr.strip().splitlines()[-3:]
+    for line, name in zip(last, ("LoRA", "videos", "report"), strict=True):
+        assert line.split()[0] == name
+        assert Path(line.split()[1]).exists()
+    assert done.stderr.count("$ cogvideox-factory") == 4
+    assert "Traceback" not in done.stderr and "Warning" not in done.stderr and "WARNING" not in done.stderr

@@ -1,0 +1,154 @@
+"""Options: precedence, checks, YAML, and messages that name the flag, the value and the fix."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cogvideox_factory.config import (
+    COMMANDS,
+    Prepare,
+    Sample,
+    Train,
+    UserError,
+    option_values,
+    parse_command,
+    write_config,
+)
+
+REQUIRED = ["--pretrained_model_name_or_path", "m", "--data_root", "d", "--output_dir", "o"]
+
+
+def parse(*flags: str) -> Train:
+    return parse_command(Train, "train", [*REQUIRED, *flags])
+
+
+def yaml_file(folder: Path, content: str) -> str:
+    path = folder / "recipe.yaml"
+    path.write_text(content)
+    return str(path)
+
+
+def test_a_flag_wins_over_yaml_which_wins_over_the_default(tmp_path: Path) -> None:
+    recipe = yaml_file(
+        tmp_path, "rank: 8\nlearning_rate: 3e-4\nheight_buckets: [256, 480]\ngradient_checkpointing: true"
+    )
+    options = parse("--config", recipe, "--rank", "16")
+    assert options.lora.rank == 16
+    assert options.optimizer.learning_rate == 3e-4
+    assert options.data.height_buckets == (256, 480)
+    assert options.training.gradient_checkpointing is True
+    assert options.lora.lora_alpha == Train().lora.lora_alpha
+    turned_off = parse(f"--config={recipe}", "--no_gradient_checkpointing", "--height_buckets", "720")
+    assert turned_off.training.gradient_checkpointing is False and turned_off.data.height_buckets == (720,)
+
+
+def test_yaml_gives_required_options(tmp_path: Path) -> None:
+    recipe = yaml_file(tmp_path, "pretrained_model_name_or_path: m\ndata_root: d\noutput_dir: o")
+    options = parse_command(Train, "train", ["--config", recipe])
+    assert options.data.data_root == Path("d") and options.output_dir == Path("o")
+
+
+def test_what_is_written_is_read_back_equal(tmp_path: Path) -> None:
+    options = parse("--validation_prompt", 'a: b ::: --no, "quoted" 猫', "--frame_buckets", "17", "49", "--fps", "8")
+    write_config(options, tmp_path / "config.yaml")
+    assert parse_command(Train, "train", ["--config", str(tmp_path / "config.yaml")]) == options
+
+
+def test_config_yaml_holds_every_option_and_the_version(tmp_path: Path) -> None:
+    write_config(parse(), tmp_path / "config.yaml")
+    content = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    assert content.pop("version")
+    assert list(content) == list(option_values(parse()))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("rnk: 8", "rank"),
+        ("- 1", "mapping"),
+        ("rank: [1", "not valid YAML"),
+        ("rank: {a: 1}", "not a mapping"),
+    ],
+)
+def test_a_bad_yaml_file_is_named_with_the_fix(tmp_path: Path, content: str, message: str) -> None:
+    recipe = yaml_file(tmp_path, content)
+    with pytest.raises(UserError, match=r"recipe\.yaml") as error:
+        parse("--config", recipe)
+    assert message in str(error.value)
+
+
+def test_a_missing_yaml_file_is_named() -> None:
+    with pytest.raises(UserError, match=r"nowhere\.yaml"):
+        parse("--config", "nowhere.yaml")
+
+
+def test_yaml_never_builds_python_objects(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="not valid YAML"):
+        parse("--config", yaml_file(tmp_path, "rank: !!python/object/apply:os.getcwd []"))
+
+
+def test_a_recipe_may_hold_options_of_other_commands(tmp_path: Path) -> None:
+    recipe = yaml_file(tmp_path, "rank: 8\nfps: 12")
+    flags = ["--pretrained_model_name_or_path", "m", "--data_root", "d", "--output_dir", "o", "--config", recipe]
+    assert parse_command(Prepare, "prepare", flags).data.fps == 12
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--rank", "0"), "--rank 0: must be 1 or more"),
+        (("--caption_dropout", "1.5"), "--caption_dropout 1.5: must be from 0 to 1"),
+        (("--learning_rate", "0"), "--learning_rate 0.0: must be more than 0"),
+        (("--frame_buckets", "49", "1"), "--frame_buckets 1: must be 8 or more"),
+        (("--max_train_steps", "-3"), "--max_train_steps -3"),
+        (("--fps", "0"), "--fps 0.0"),
+    ],
+)
+def test_values_out_of_range_are_refused(flags: tuple[str, ...], message: str) -> None:
+    with pytest.raises(UserError) as error:
+        parse(*flags)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize("missing", ["--pretrained_model_name_or_path", "--data_root", "--output_dir"])
+def test_a_missing_required_option_is_named_with_an_example(missing: str) -> None:
+    flags = list(REQUIRED)
+    index = flags.index(missing)
+    del flags[index : index + 2]
+    with pytest.raises(UserError, match=f"{missing} is missing. Example: cogvideox-factory train"):
+        parse_command(Train, "train", flags)
+
+
+def test_other_names_that_scripts_use_mean_the_same() -> None:
+    flags = ["--model_id", "m", "--data_root", "d", "--output_dir", "o", "--target_fps", "12"]
+    options = parse_command(Prepare, "prepare", flags)
+    assert options.model.pretrained_model_name_or_path == "m" and options.data.fps == 12
+
+
+def test_needless_flags_are_accepted_and_explained(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = [*REQUIRED, "--save_latents_and_embeddings", "--batch_size", "4", "--num_decode_threads=2", "--fps", "8"]
+    assert parse_command(Prepare, "prepare", flags).data.fps == 8
+    messages = capsys.readouterr().err
+    assert all(name in messages for name in ("--save_latents_and_embeddings", "--batch_size", "--num_decode_threads"))
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_option_is_explained(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_request:
+        parse_command(COMMANDS[name], name, ["--help"])
+    assert exit_request.value.code == 0
+    text = capsys.readouterr().out
+    assert "(default: None)" not in text
+    for option in option_values(COMMANDS[name]()):
+        # A box line that starts with the option (or with another name of it), and below it an indented sentence.
+        lines = re.search(rf"│ [^│]*--{option}\b[^│]*│\n│ {{4,}}[A-Za-z(\-][^│]*│", text)
+        assert lines, f"--{option} has no help text"
+
+
+def test_sample_defaults_need_no_model_when_a_run_is_given() -> None:
+    options = parse_command(Sample, "sample", ["--run", "r", "--prompt", "p", "--output", "x.mp4"])
+    assert options.run == Path("r") and options.model.pretrained_model_name_or_path is None
