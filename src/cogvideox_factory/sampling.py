@@ -20,7 +20,7 @@ from cogvideox_factory.config import ModelOptions, Sample, SamplingOptions, User
 from cogvideox_factory.data.store import write_durably
 from cogvideox_factory.data.video import write_video
 from cogvideox_factory.model.adapters import find_lora
-from cogvideox_factory.model.encoders import load_vae
+from cogvideox_factory.model.encoders import load_vae, spare_memory
 from cogvideox_factory.model.family import Checkpoint, open_checkpoint, refuse_image_to_video
 
 logger = logging.getLogger(__name__)
@@ -49,25 +49,26 @@ def pipeline_from_disk(checkpoint: Checkpoint, lora: Path | None, dtype: torch.d
     return pipeline
 
 
-def pipeline_in_memory(checkpoint: Checkpoint, transformer, scheduler, dtype: torch.dtype, device: torch.device):
+def pipeline_in_memory(
+    checkpoint: Checkpoint, transformer, scheduler, options: SamplingOptions, dtype: torch.dtype, device: torch.device
+):
     """A pipeline around the model that trains: no text encoder (prompts come encoded), a VAE of its own."""
     from diffusers import CogVideoXPipeline
 
+    vae = load_vae(checkpoint, dtype).to(device)
+    spare_memory(vae, checkpoint, use_slicing=options.enable_slicing, use_tiling=options.enable_tiling)
     return CogVideoXPipeline(
         tokenizer=None,
         text_encoder=None,
-        vae=load_vae(checkpoint, dtype).to(device),
+        vae=vae,
         transformer=transformer,
         scheduler=type(scheduler).from_config(scheduler.config),  # it counts steps; the training's must not
     )
 
 
-def place(pipeline, options: SamplingOptions, device: torch.device) -> None:
+def place(pipeline, checkpoint: Checkpoint, options: SamplingOptions, device: torch.device) -> None:
     """Put a pipeline from disk where it runs, sparing memory as the options say."""
-    if options.enable_slicing:
-        pipeline.vae.enable_slicing()
-    if options.enable_tiling:
-        pipeline.vae.enable_tiling()
+    spare_memory(pipeline.vae, checkpoint, use_slicing=options.enable_slicing, use_tiling=options.enable_tiling)
     # Never both: moving the pipeline afterwards undoes the offloading.
     if options.enable_model_cpu_offload and device.type == "cuda":
         pipeline.enable_model_cpu_offload(device=device)
@@ -169,7 +170,7 @@ def run(options: Sample) -> dict[str, Any]:
     sampling = resolve_sampling(options.sampling, size, checkpoint.size_divisor)
     lora = _lora_of(options)
     pipeline = pipeline_from_disk(checkpoint, lora, checkpoint.dtype_for(options.dtype, device))
-    place(pipeline, sampling, device)
+    place(pipeline, checkpoint, sampling, device)
     video = generate(
         pipeline,
         sampling,

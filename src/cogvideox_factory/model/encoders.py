@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from cogvideox_factory.config import UserError
 from cogvideox_factory.model.family import Checkpoint
 
 
@@ -65,10 +66,7 @@ class VideoEncoder:
     ) -> VideoEncoder:
         vae = load_vae(checkpoint, dtype).to(device)
         vae.decoder = None  # never used here, and half of the weights
-        if use_slicing:
-            vae.enable_slicing()
-        if use_tiling:
-            vae.enable_tiling()
+        spare_memory(vae, checkpoint, use_slicing=use_slicing, use_tiling=use_tiling)
         return cls(vae)
 
     @torch.no_grad()
@@ -89,3 +87,27 @@ def load_vae(checkpoint: Checkpoint, dtype: torch.dtype):
         checkpoint.folder, subfolder="vae", variant=checkpoint.variant, dtype=dtype
     )
     return vae.requires_grad_(False).eval()
+
+
+def spare_memory(vae, checkpoint: Checkpoint, *, use_slicing: bool, use_tiling: bool) -> None:
+    """Let a VAE work clip by clip and tile by tile.
+
+    Raises UserError where its tiles do not add up: diffusers rounds the overlap in latents and in pixels apart, and
+    then gives videos of another size than was asked for.
+    """
+    if use_slicing:
+        vae.enable_slicing()
+    if not use_tiling:
+        return
+    for tile, overlap in (
+        (vae.tile_latent_min_height, vae.tile_overlap_factor_height),
+        (vae.tile_latent_min_width, vae.tile_overlap_factor_width),
+    ):
+        step = int(tile * (1 - overlap))
+        pixels = tile * checkpoint.spatial_factor
+        if step * checkpoint.spatial_factor != pixels - int(pixels * overlap) or step != tile - int(tile * overlap):
+            raise UserError(
+                f"tiling does not work with the VAE of {checkpoint.name}: a tile of {tile} latents cannot overlap the "
+                f"next by {overlap:.3f}; leave out --use_tiling and --enable_tiling"
+            )
+    vae.enable_tiling()

@@ -76,11 +76,7 @@ class Validation:
         """Videos of the model as it is. It comes back in the mode it had, with nothing attached to it."""
         was_training = transformer.training
         transformer.eval()
-        pipeline = pipeline_in_memory(self.checkpoint, transformer, scheduler, dtype, device)
-        if self.sampling.enable_slicing:
-            pipeline.vae.enable_slicing()
-        if self.sampling.enable_tiling:
-            pipeline.vae.enable_tiling()
+        pipeline = pipeline_in_memory(self.checkpoint, transformer, scheduler, self.sampling, dtype, device)
         negative = self._embedding("", dtype, device)
 
         def make(video: Video) -> np.ndarray:
@@ -96,7 +92,7 @@ class Validation:
             return False
         dtype = self.checkpoint.dtype_for(self.options.training.mixed_precision, device)
         pipeline = pipeline_from_disk(self.checkpoint, self.run, dtype)
-        place(pipeline, self.sampling, device)
+        place(pipeline, self.checkpoint, self.sampling, device)
         self._write(step, lambda video: self._generate(pipeline, video, prompt=video.prompt))
         return True
 
