@@ -11,7 +11,7 @@ FRAMES=${FRAMES:-49}                        # one number or several: "17 49"
 HEIGHTS=${HEIGHTS:-480}
 WIDTHS=${WIDTHS:-720}
 STEPS=${STEPS:-1000}
-RANK=${RANK:-64}
+LORA_RANK=${LORA_RANK:-64}
 LEARNING_RATE=${LEARNING_RATE:-1e-4}
 PROMPT=${PROMPT:-"A black and white animated mouse whistles at the wheel of a steamboat"}
 INFERENCE_STEPS=${INFERENCE_STEPS:-50}      # denoising steps of the validation videos
@@ -22,7 +22,7 @@ cogvideox-factory train \
   --data_root "$DATA_ROOT" \
   --output_dir "$OUTPUT_DIR" \
   --frame_buckets $FRAMES --height_buckets $HEIGHTS --width_buckets $WIDTHS \
-  --rank "$RANK" --lora_alpha "$RANK" \
+  --rank "$LORA_RANK" --lora_alpha "$LORA_RANK" \
   --max_train_steps "$STEPS" \
   --learning_rate "$LEARNING_RATE" --lr_scheduler cosine --lr_warmup_steps $((STEPS / 20)) \
   --gradient_checkpointing --use_tiling --enable_tiling --enable_model_cpu_offload \

@@ -1,0 +1,106 @@
+"""What README and the scripts tell people to do, done on the tiny model."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import av
+import pytest
+
+from cogvideox_factory.cli import main
+from cogvideox_factory.config import COMMANDS, option_values
+
+ROOT = Path(__file__).parent.parent
+READMES = ("README.md", "README_zh.md")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, prepared_folder: Path) -> Path:
+    """A run of two steps."""
+    folder = tmp_path_factory.mktemp("readme") / "run"
+    model = ("--pretrained_model_name_or_path", tiny_model, "--data_root", prepared_folder, "--load_tensors")
+    assert main([*map(str, ("train", *model, "--output_dir", folder)), "--max_train_steps", "2"]) == 0
+    return folder
+
+
+@pytest.mark.parametrize("readme", READMES)
+def test_the_diffusers_snippet_runs(readme: str, run: Path, tiny_model: Path, tmp_path: Path, monkeypatch) -> None:
+    (snippet,) = re.findall(r"```python\n(.*?)```", (ROOT / readme).read_text(), re.DOTALL)
+    for text, replacement in (
+        ("THUDM/CogVideoX-5b", str(tiny_model)),
+        ('"runs/steamboat"', f'"{run}"'),
+        ("pipe.enable_model_cpu_offload()\n", ""),  # needs a GPU
+        ("num_frames=49", "num_frames=17, num_inference_steps=2"),
+        ("height=480", "height=64"),
+        ("width=720", "width=96"),
+    ):
+        assert text in snippet
+        snippet = snippet.replace(text, replacement)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(snippet, readme, "exec"), {})
+    with av.open(str(tmp_path / "mouse.mp4")) as video:
+        assert sum(1 for _ in video.decode(video=0)) == 17
+
+
+@pytest.mark.parametrize("file", [*READMES, *(path.name for path in ROOT.glob("*.sh"))])
+def test_every_option_that_is_named_exists(file: str) -> None:
+    known = {name for command in COMMANDS.values() for name in option_values(command())}
+    known |= {"config", "help", "repo-type", "local-dir", "config_file", "model_id"}
+    text = (ROOT / file).read_text()
+    named = set(re.findall(r"(?<![\w-])--([a-z][\w-]*)", text))
+    assert named and not named - known
+
+
+def test_the_readmes_name_the_same_options_and_files() -> None:
+    english, chinese = (
+        set(
+            re.findall(
+                r"--[a-z_]+|[\w/]+\.(?:py|sh|html|mp4|txt|yaml|jsonl?|safetensors|png)", (ROOT / name).read_text()
+            )
+        )
+        for name in READMES
+    )
+    assert english == chinese
+
+
+def script(
+    name: str, *arguments: str | Path, **variables: str | Path
+) -> Callable[[], subprocess.CompletedProcess[str]]:
+    environment = {**os.environ, **{key: str(value) for key, value in variables.items()}}
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
+    command = [str(ROOT / name), *map(str, arguments)]
+    return lambda: subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def test_the_scripts_run_as_they_are_when_their_variables_point_to_small_input(
+    tiny_model: Path, clips: Path, tmp_path: Path
+) -> None:
+    sizes = {"FRAMES": "17", "HEIGHTS": "64", "WIDTHS": "96", "MODEL": tiny_model}
+    done = script("prepare_dataset.sh", DATA_ROOT=clips, OUTPUT_DIR=tmp_path / "prepared", **sizes)()
+    assert done.returncode == 0, done.stderr
+    options = {"STEPS": "2", "LORA_RANK": "4", "INFERENCE_STEPS": "2"}
+    train = script(
+        *("train_text_to_video_lora.sh", "--load_tensors"),
+        **{"DATA_ROOT": tmp_path / "prepared", "OUTPUT_DIR": tmp_path / "run", **sizes, **options},
+    )
+    done = train()
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run/pytorch_lora_weights.safetensors").exists() and (tmp_path / "run/report.html").exists()
+    again = train()
+    assert again.returncode == 0 and "finished" in again.stderr
+
+
+def test_the_path_that_guides_name_prepares(tiny_model: Path, clips: Path, tmp_path: Path) -> None:
+    flags = ["--model_id", tiny_model, "--data_root", clips, "--output_dir", tmp_path / "out"]
+    flags += ["--caption_column", "prompts.txt", "--video_column", "videos.txt", "--max_sequence_length", "226"]
+    flags += ["--height_buckets", "64", "--width_buckets", "96", "--frame_buckets", "17", "--target_fps", "8"]
+    flags += ["--batch_size", "1", "--dtype", "fp32", "--save_latents_and_embeddings", "--max_num_frames", "17"]
+    command = [sys.executable, str(ROOT / "training/prepare_dataset.py"), *map(str, flags)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert len((tmp_path / "out/index.jsonl").read_text().splitlines()) == 12
