@@ -633,3 +633,10 @@ def test_configuration_is_complete_but_for_secrets(tmp_path: Path) -> None:
 def test_name_that_is_not_unicode(run: Path) -> None:
     add_videos(run, 0, ("\ud800", 1, b"zero"))
     assert page_of(run).section("Before").all("article")[0].text.strip().startswith("?")
+
+
+def test_a_model_folder_is_shown_without_the_path_to_it(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("pretrained_model_name_or_path: /home/somebody/models/tiny\n")
+    page = write_report(tmp_path).read_text()
+    summary = page.split("All options")[0]
+    assert "models/tiny" in summary and "somebody" not in summary

@@ -207,13 +207,19 @@ def _table(headings: list[str], rows: list[list[Any]]) -> str:
     return f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody>\n</table>"
 
 
+def _short_name(model: str) -> str:
+    """A name on the Hub as it is; of a folder on this machine, which is nobody else's business, the last two names."""
+    path = Path(model)
+    return "/".join(path.parts[-2:]) if path.is_absolute() else model
+
+
 def _summary(config: dict[str, Any], metrics: list[dict[str, Any]]) -> str:
     last = metrics[-1] if metrics else {}
     loss, step, planned_steps = last.get("loss"), last.get("step", 0), config.get("max_train_steps")
     seconds = sum(_finite(entry.get("step_seconds")) or 0 for entry in metrics)
     is_full = config.get("training_type") == "sft"
     facts = {
-        "Model": config.get("pretrained_model_name_or_path", "unknown"),
+        "Model": _short_name(str(config.get("pretrained_model_name_or_path", "unknown"))),
         "Method": "full fine-tuning" if is_full else f"LoRA, rank {config.get('rank', 'unknown')}",
         "Steps": f"{step} of {planned_steps}" if planned_steps else step,
         "Samples seen": last.get("samples_seen", 0),

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load, save
 
 from cogvideox_factory.config import UserError
 from cogvideox_factory.data.buckets import Bucket
@@ -92,7 +92,7 @@ class PreparedSet:
     def read_tensors(self, file: str) -> dict[str, torch.Tensor]:
         """Raises DamagedEntry where the file is missing or broken."""
         try:
-            return load_file(self.folder / file)
+            return load((self.folder / file).read_bytes())  # for files this small faster than mapping them
         except (OSError, SafetensorError) as error:
             raise DamagedEntry(f"{self.folder / file} cannot be read ({error}); delete it and prepare again") from error
 
