@@ -122,7 +122,8 @@ def test_surrounding_blanks_are_removed(tmp_path: Path) -> None:
 
 def test_csv_absolute_and_relative_to_data_root(tmp_path: Path) -> None:
     root, other = tmp_path / "root", tmp_path / "other"
-    root.mkdir(), other.mkdir()
+    root.mkdir()
+    other.mkdir()
     write(root, list_csv="video,text\n1.mp4,inside\n")
     write(other, list_csv="video,text\n2.mp4,outside\n")
     assert pairs(root, dataset_file=Path("list.csv")) == [("1.mp4", "inside")]
@@ -209,9 +210,7 @@ def test_csv_short_row_keeps_its_place_without_caption(tmp_path: Path) -> None:
 
 
 def test_id_token_is_put_before_every_caption(tmp_path: Path) -> None:
-    write(
-        tmp_path, prompts_txt="first\nsecond\n", videos_txt="1.mp4\n2.mp4\n", list_csv="video,text\n3.mp4,third\n"
-    )
+    write(tmp_path, prompts_txt="first\nsecond\n", videos_txt="1.mp4\n2.mp4\n", list_csv="video,text\n3.mp4,third\n")
     assert pairs(tmp_path, id_token="DISNEY") == [("1.mp4", "DISNEY first"), ("2.mp4", "DISNEY second")]
     assert pairs(tmp_path, id_token="DISNEY", dataset_file=Path("list.csv")) == [("3.mp4", "DISNEY third")]
 

@@ -1,295 +1,302 @@
-"""The prepared set on disk: what was written comes back, what is broken is named, nothing is ever half there."""
+"""The prepared set on disk: complete or absent, named when damaged, and the same when read back."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
 
 from cogvideox_factory.config import UserError
 from cogvideox_factory.data.buckets import Bucket
 from cogvideox_factory.data.store import DamagedEntry, Entry, PreparedSet, hash_of, hash_of_file, write_durably
 
-
-def files_in(folder: Path) -> set[str]:
-    """Every file below a folder, hidden ones too."""
-    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+LATENTS = PreparedSet.latents_file("k1")
+SETTINGS = {"fps": 8.0, "empty_prompt": "prompts/empty.safetensors"}
 
 
-def refuse(*_: object, **__: object) -> None:
-    raise OSError(28, "No space left on device")
+def entry(source: str = "a.mp4", caption: str = "a cat", key: str = "k1") -> Entry:
+    files = {"latents": PreparedSet.latents_file(key), "prompt": PreparedSet.prompt_file(key)}
+    return Entry(source, caption, Bucket(17, 64, 96), files, key)
 
 
-# --- tensors
+def names_under(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.uint8], ids=str)
-def test_tensors_come_back(tmp_path: Path, dtype: torch.dtype) -> None:
-    values = torch.arange(2 * 3 * 4 * 5).reshape(2, 3, 4, 5).to(dtype)
-    tensors = {"mean": values, "logvar": values.transpose(0, 3), "scalar": torch.ones((), dtype=dtype), "none": values[:0]}
-    prepared = PreparedSet(tmp_path)
-    prepared.write_tensors("latents/a.safetensors", tensors)
-    back = prepared.read_tensors("latents/a.safetensors")
-    assert back.keys() == tensors.keys()
-    for name, tensor in tensors.items():
-        assert back[name].dtype == dtype and back[name].shape == tensor.shape
-        assert torch.equal(back[name], tensor)
-    assert files_in(tmp_path) == {"latents/a.safetensors"}
+# Writing
 
 
-def test_parts_of_one_tensor_come_back(tmp_path: Path) -> None:
-    mean, logvar = torch.randn(1, 32, 2, 4, 4).chunk(2, dim=1)
-    PreparedSet(tmp_path).write_tensors("a.safetensors", {"mean": mean, "logvar": logvar})
-    back = PreparedSet(tmp_path).read_tensors("a.safetensors")
-    assert torch.equal(back["mean"], mean) and torch.equal(back["logvar"], logvar)
+def test_a_file_is_written_with_its_folders_and_nothing_beside_it(tmp_path: Path) -> None:
+    write_durably(tmp_path / "a" / "b" / "file.bin", b"\x00content\r\n")
+    assert (tmp_path / "a" / "b" / "file.bin").read_bytes() == b"\x00content\r\n"
+    assert names_under(tmp_path) == ["a/b/file.bin"]
 
 
-def test_bfloat16_keeps_every_bit(tmp_path: Path) -> None:
-    bits = torch.from_numpy(np.random.default_rng(0).integers(0, 2**15 - 2**7, 500).astype(np.int16))
-    PreparedSet(tmp_path).write_tensors("a.safetensors", {"x": bits.view(torch.bfloat16)})
-    back = PreparedSet(tmp_path).read_tensors("a.safetensors")["x"]
-    assert back.dtype == torch.bfloat16 and torch.equal(back.view(torch.int16), bits)
+def test_a_file_is_replaced_as_a_whole(tmp_path: Path) -> None:
+    write_durably(tmp_path / "file.bin", b"long old content")
+    write_durably(tmp_path / "file.bin", b"new")
+    assert (tmp_path / "file.bin").read_bytes() == b"new"
 
 
-@pytest.mark.parametrize("damage", ["missing", "empty", "cut", "cut in the header", "garbage", "header of zeros"])
-def test_damaged_file_is_named(tmp_path: Path, damage: str) -> None:
-    prepared = PreparedSet(tmp_path)
-    file = prepared.latents_file("0123abcd")
-    prepared.write_tensors(file, {"mean": torch.ones(100)})
-    assert prepared.has(file)
-    content = (tmp_path / file).read_bytes()
-    replaced = {
-        "empty": b"",
-        "cut": content[:-7],
-        "cut in the header": content[:20],
-        "garbage": b"not a tensor file, but long enough to look like one" * 9,
-        "header of zeros": bytes(len(content)),
-    }
-    if damage == "missing":
-        (tmp_path / file).unlink()
-        assert not prepared.has(file)
-    else:
-        (tmp_path / file).write_bytes(replaced[damage])
-    with pytest.raises(DamagedEntry) as caught:
-        prepared.read_tensors(file)
-    assert str(tmp_path / file) in str(caught.value)
-
-
-def test_files_of_a_key_are_apart(tmp_path: Path) -> None:
-    latents, prompt = PreparedSet.latents_file("k1"), PreparedSet.prompt_file("k1")
-    assert latents == "latents/k1.safetensors" and prompt == "prompts/k1.safetensors"
-
-
-# --- writing durably
-
-
-def test_write_durably_makes_folders_and_replaces(tmp_path: Path) -> None:
-    path = tmp_path / "new" / "folder" / "file.bin"
-    write_durably(path, b"one\x00two")
-    assert path.read_bytes() == b"one\x00two"
-    write_durably(path, b"three")
-    assert path.read_bytes() == b"three"
-    assert files_in(tmp_path) == {"new/folder/file.bin"}
-
-
-@pytest.mark.parametrize("step", ["replace", "fsync"])
-@pytest.mark.parametrize("existing", [True, False])
-def test_write_that_fails_keeps_the_old_content(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, existing: bool
+@pytest.mark.parametrize("failing", ["fsync", "replace"])
+def test_a_write_that_fails_keeps_the_old_file_and_leaves_no_part(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
 ) -> None:
-    path = tmp_path / "file.bin"
-    if existing:
-        path.write_bytes(b"old")
-    monkeypatch.setattr(os, step, refuse)
-    with pytest.raises(OSError, match="No space left"):
-        write_durably(path, b"new")
-    assert files_in(tmp_path) == ({"file.bin"} if existing else set())
-    if existing:
-        assert path.read_bytes() == b"old"
+    write_durably(tmp_path / "old.bin", b"old")
+
+    def fail(*arguments: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, failing, fail)
+    for name in ("old.bin", "new.bin"):
+        with pytest.raises(OSError, match="No space left"):
+            write_durably(tmp_path / name, b"something else")
+    assert names_under(tmp_path) == ["old.bin"]
+    assert (tmp_path / "old.bin").read_bytes() == b"old"
 
 
-def test_content_is_flushed_to_the_disk_before_the_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_has_reached_the_disk_before_it_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "file.bin"
-    calls: list[str] = []
+    flushed: list[int] = []
     fsync, replace = os.fsync, os.replace
 
-    def watched_fsync(descriptor: int) -> None:
-        if os.fstat(descriptor).st_size == 5 and not calls:
-            calls.append("fsync of the content")
+    def watch_fsync(descriptor: int) -> None:
+        assert not path.exists()
+        flushed.append(os.fstat(descriptor).st_size)
         fsync(descriptor)
 
-    def watched_replace(source: Any, target: Any) -> None:
-        assert Path(source).parent == path.parent, "a rename across file systems is no rename"
-        calls.append("replace")
+    def watch_replace(source: Any, target: Any) -> None:
+        assert flushed == [5], "renamed before all of it was flushed"
         replace(source, target)
 
-    monkeypatch.setattr(os, "fsync", watched_fsync)
-    monkeypatch.setattr(os, "replace", watched_replace)
+    monkeypatch.setattr(os, "fsync", watch_fsync)
+    monkeypatch.setattr(os, "replace", watch_replace)
     write_durably(path, b"12345")
-    assert calls == ["fsync of the content", "replace"]
+    assert path.read_bytes() == b"12345"
 
 
-# --- index
-
-ENTRIES = [
-    Entry(
-        source="videos/кошка №1.mp4",
-        caption="кошка\u2028на крыше, 猫が歩く, \U0001f408 \x85 \"quoted\" \\ and\na line break",
-        bucket=Bucket(49, 480, 720),
-        files={"latents": "latents/a.safetensors", "prompt": "prompts/b.safetensors"},
-        key="a" * 32,
-    ),
-    Entry(
-        source="2.mp4",
-        caption="",
-        bucket=Bucket(9, 256, 256),
-        files={"latents": "latents/c.safetensors", "prompt": "prompts/d.safetensors"},
-        key="c" * 32,
-    ),
-]
-SETTINGS: dict[str, Any] = {"fps": 8.0, "model": "модель", "empty": None, "dtype": "bf16", "nested": {"a": [1, 2]}}
+# Names
 
 
-@pytest.fixture
-def written(tmp_path: Path) -> PreparedSet:
-    prepared = PreparedSet(tmp_path / "set")
-    prepared.write_index(ENTRIES, SETTINGS)
-    return prepared
+def test_hashes_tell_apart_whatever_differs() -> None:
+    different = [("ab", "c"), ("a", "bc"), ("abc",), ("a", "b", "c"), (1,), ("1",), (1.5,), ([1, 2],), (["1", 2],)]
+    different += [({"a": 1},), ({"a": 2},), ({"b": 1},), (None,), ("",), (), (["a", "b"],), ("猫",), ("犬",)]
+    hashes = [hash_of(*parts) for parts in different]
+    assert len(set(hashes)) == len(different)
+    assert all(len(digest) >= 32 and set(digest) <= set("0123456789abcdef") for digest in hashes)
 
 
-def test_index_comes_back(written: PreparedSet) -> None:
-    back = PreparedSet(written.folder).read_index()
-    assert back == ENTRIES
-    assert all(isinstance(entry.bucket, Bucket) for entry in back)
-    assert written.read_settings() == SETTINGS
-    assert files_in(written.folder) == {"index.jsonl", "settings.json"}
+def test_a_hash_does_not_depend_on_the_order_of_keys_nor_on_the_process() -> None:
+    assert hash_of({"a": 1, "b": 2}) == hash_of({"b": 2, "a": 1})
+    # A new value would silently encode everybody's data set again.
+    assert hash_of("a cat", 8, None) == "8228b024d4ff831c1aed1bd7cd194d94"
 
 
-def test_index_is_one_json_object_a_line(written: PreparedSet) -> None:
-    lines = (written.folder / "index.jsonl").read_bytes().removesuffix(b"\n").split(b"\n")
-    assert [json.loads(line)["caption"] for line in lines] == [entry.caption for entry in ENTRIES]
-    assert "猫が歩く".encode() in lines[0], "captions stay readable in an editor"
+def test_a_files_hash_is_of_its_whole_content_and_of_nothing_else(tmp_path: Path) -> None:
+    content = bytes(300_000)
+    (tmp_path / "a").write_bytes(content)
+    (tmp_path / "b").write_bytes(content)
+    (tmp_path / "c").write_bytes(content[:-1] + b"\x01")
+    assert hash_of_file(tmp_path / "a") == hash_of_file(tmp_path / "b") != hash_of_file(tmp_path / "c")
 
 
-def test_index_is_replaced_as_a_whole(written: PreparedSet) -> None:
-    written.write_index(ENTRIES[1:], {"fps": 16.0})
-    assert written.read_index() == ENTRIES[1:]
-    assert written.read_settings() == {"fps": 16.0}
+def test_latents_and_prompts_never_share_a_file() -> None:
+    assert PreparedSet.latents_file("k") != PreparedSet.prompt_file("k")
+    assert PreparedSet.latents_file("k") != PreparedSet.latents_file("l")
 
 
-def test_index_never_stands_without_its_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    replace = os.replace
-
-    def killed(source: Any, target: Any) -> None:
-        if Path(target).name == "settings.json":
-            refuse()
-        replace(source, target)
-
-    monkeypatch.setattr(os, "replace", killed)
-    with pytest.raises(OSError, match="No space left"):
-        PreparedSet(tmp_path).write_index(ENTRIES, SETTINGS)
-    assert files_in(tmp_path) == set()
+# Tensors
 
 
-@pytest.mark.parametrize("missing", ["folder", "index.jsonl", "settings.json"])
-@pytest.mark.parametrize("read", ["read_index", "read_settings"])
-def test_folder_that_is_no_prepared_set(written: PreparedSet, missing: str, read: str) -> None:
-    if missing == "folder":
-        written = PreparedSet(written.folder / "nowhere")
-    else:
-        (written.folder / missing).unlink()
-    with pytest.raises(UserError) as caught:
-        getattr(written, read)()
-    assert str(written.folder) in str(caught.value) and "prepare" in str(caught.value)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_tensors_come_back_to_the_bit(tmp_path: Path, dtype: torch.dtype) -> None:
+    mean = torch.randn(4, 3, 2, 5, generator=torch.Generator().manual_seed(0)).to(dtype)
+    tensors = {"mean": mean.transpose(0, 1), "logvar": mean.flip(0)[::2]}  # neither lies in one piece
+    prepared = PreparedSet(tmp_path)
+    assert not prepared.has(LATENTS)
+    prepared.write_tensors(LATENTS, tensors)
+    assert prepared.has(LATENTS)
+    back = prepared.read_tensors(LATENTS)
+    assert back.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert back[name].dtype == dtype
+        assert torch.equal(back[name], tensor)
+    assert names_under(tmp_path) == [LATENTS]
 
 
-def without(name: str) -> str:
-    line = {"source": "a", "caption": "b", "bucket": [9, 64, 64], "files": {}, "key": "k"}
-    del line[name]
-    return json.dumps(line)
+def test_tensors_are_stored_as_safetensors(tmp_path: Path) -> None:
+    PreparedSet(tmp_path).write_tensors(LATENTS, {"mean": torch.arange(6.0)})
+    with safe_open(tmp_path / LATENTS, "pt") as file:
+        assert torch.equal(file.get_tensor("mean"), torch.arange(6.0))
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+def cut_within_the_header(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:20])
+
+
+def overwrite(path: Path) -> None:
+    path.write_bytes(b"\xff" * path.stat().st_size)
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def make_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+@pytest.mark.parametrize("damage", [truncate, cut_within_the_header, overwrite, empty, make_folder, Path.unlink])
+def test_a_damaged_tensor_file_is_named(tmp_path: Path, damage: Callable[[Path], None]) -> None:
+    prepared = PreparedSet(tmp_path)
+    prepared.write_tensors(LATENTS, {"mean": torch.zeros(100)})
+    damage(tmp_path / LATENTS)
+    with pytest.raises(DamagedEntry) as caught:
+        prepared.read_tensors(LATENTS)
+    assert str(tmp_path / LATENTS) in str(caught.value)
+    assert "prepare again" in str(caught.value)
+
+
+# The index
+
+
+@settings(deadline=None, max_examples=60)
+@given(texts=st.lists(st.tuples(st.text(), st.text()), min_size=1, max_size=5))
+def test_entries_come_back_whatever_their_names_and_captions(
+    tmp_path_factory: pytest.TempPathFactory, texts: list[tuple[str, str]]
+) -> None:
+    prepared = PreparedSet(tmp_path_factory.mktemp("set"))
+    entries = [entry(source, caption, f"k{number}") for number, (source, caption) in enumerate(texts)]
+    prepared.write_index(entries, SETTINGS)
+    back = prepared.read_index()
+    assert back == entries
+    assert all(isinstance(item.bucket, Bucket) for item in back)
 
 
 @pytest.mark.parametrize(
-    "line",
-    [
-        '{"source": "a.mp4", "capt',
-        "5",
-        "[]",
-        '"text"',
-        "null",
-        without("caption"),
-        without("bucket"),
-        without("key"),
-        '{"source": "a", "caption": "b", "bucket": [9, 64], "files": {}, "key": "k"}',
-        '{"source": "a", "caption": "b", "bucket": null, "files": {}, "key": "k"}',
-        '{"source": "a", "caption": "b", "bucket": [9, 64, 64], "files": {}, "key": "k", "surplus": 1}',
-        "\xff",
-    ],
+    "caption", ["котик в лодке", "一只猫", "قطة", "🐈‍⬛", "two\nlines", "a\u2028b\u2029c\u0085d\x0be"]
 )
-def test_damaged_index_line(written: PreparedSet, line: str) -> None:
-    path = written.folder / "index.jsonl"
-    path.write_bytes(path.read_bytes() + line.encode("latin-1") + b"\n")
-    with pytest.raises(UserError) as caught:
-        written.read_index()
-    assert str(path) in str(caught.value)
+def test_captions_of_any_script_come_back_and_can_be_read_in_the_file(tmp_path: Path, caption: str) -> None:
+    prepared = PreparedSet(tmp_path)
+    prepared.write_index([entry(caption=caption), entry("b.mp4", "plain", "k2")], SETTINGS)
+    assert [item.caption for item in prepared.read_index()] == [caption, "plain"]
+    text = (tmp_path / "index.jsonl").read_text(encoding="utf-8")
+    lines = [json.loads(line) for line in text.split("\n") if line]
+    assert [line["caption"] for line in lines] == [caption, "plain"]
+    assert json.dumps(caption, ensure_ascii=False) in text  # not as \u escapes
 
 
-def test_index_without_clips(written: PreparedSet) -> None:
-    written.write_index([], SETTINGS)
-    with pytest.raises(UserError, match="no clip"):
-        written.read_index()
+def test_the_index_holds_a_line_a_clip_with_all_of_its_fields(tmp_path: Path) -> None:
+    PreparedSet(tmp_path).write_index([entry()], SETTINGS)
+    assert json.loads((tmp_path / "index.jsonl").read_text()) == {
+        "source": "a.mp4",
+        "caption": "a cat",
+        "bucket": [17, 64, 96],
+        "files": {"latents": "latents/k1.safetensors", "prompt": "prompts/k1.safetensors"},
+        "key": "k1",
+    }
 
 
-@pytest.mark.parametrize("content", [b"", b'{"fps": 8', b"\xff\xfe"])
-@pytest.mark.parametrize("read", ["read_index", "read_settings"])
-def test_damaged_settings(written: PreparedSet, content: bytes, read: str) -> None:
-    (written.folder / "settings.json").write_bytes(content)
-    with pytest.raises(UserError) as caught:
-        getattr(written, read)()
-    assert "settings.json" in str(caught.value)
+def test_a_new_index_replaces_the_old_one(tmp_path: Path) -> None:
+    prepared = PreparedSet(tmp_path)
+    prepared.write_index([entry("a.mp4"), entry("b.mp4")], SETTINGS)
+    prepared.write_index([entry("c.mp4")], {**SETTINGS, "fps": 16.0})
+    assert [item.source for item in prepared.read_index()] == ["c.mp4"]
+    assert prepared.read_settings() == {**SETTINGS, "fps": 16.0}
 
 
-# --- hashes
+def test_an_index_never_stands_without_its_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[str] = []
+
+    def fail_at_the_second(path: Path, content: bytes) -> None:
+        written.append(path.name)
+        if len(written) == 2:
+            raise OSError(28, "No space left on device")
+        path.write_bytes(content)
+
+    monkeypatch.setattr("cogvideox_factory.data.store.write_durably", fail_at_the_second)
+    with pytest.raises(OSError, match="No space left"):
+        PreparedSet(tmp_path).write_index([entry()], SETTINGS)
+    assert written == ["settings.json", "index.jsonl"]
 
 
-def test_hash_is_stable() -> None:
-    # printf '["clip.mp4", {"a": 1, "b": 2}]' | sha256sum | cut -c1-32
-    assert hash_of("clip.mp4", {"b": 2, "a": 1}) == "fd3794629dcb26b61a9bb2a20491511b"
+def test_a_folder_that_is_no_prepared_set_is_named(tmp_path: Path) -> None:
+    complete = PreparedSet(tmp_path / "complete")
+    complete.write_index([entry()], SETTINGS)
+    for missing in ("index.jsonl", "settings.json", "both"):
+        folder = tmp_path / missing
+        PreparedSet(folder).write_index([entry()], SETTINGS)
+        for name in ("index.jsonl", "settings.json"):
+            if missing in (name, "both"):
+                (folder / name).unlink()
+        for read in (PreparedSet(folder).read_settings, PreparedSet(folder).read_index):
+            with pytest.raises(UserError, match="is not a prepared set") as caught:
+                read()
+            assert str(folder) in str(caught.value)
+    with pytest.raises(UserError, match="is not a prepared set"):
+        PreparedSet(tmp_path / "nowhere").read_index()
 
 
-def test_hash_differs_for_different_parts() -> None:
-    different: list[tuple[Any, ...]] = [
-        (),
-        ("",),
-        ("", ""),
-        ("ab", "c"),
-        ("a", "bc"),
-        ("abc",),
-        (["ab", "c"],),
-        (1,),
-        ("1",),
-        (1.5,),
-        (True,),
-        (None,),
-        ("None",),
-        ({"a": 1},),
-        ({"a": 2},),
-        ({"b": 1},),
-        ("猫",),
-        ("犬",),
-    ]
-    assert len({hash_of(*parts) for parts in different}) == len(different)
+def valid_line(**changes: Any) -> str:
+    line = {"source": "a", "caption": "b", "bucket": [17, 64, 96], "files": {}, "key": "k"}
+    return json.dumps({**line, **changes})
 
 
-def test_hash_of_file(tmp_path: Path) -> None:
-    content = bytes(range(256)) * 5000
-    (tmp_path / "one").write_bytes(content)
-    (tmp_path / "two").write_bytes(content[:-1] + b"\x00")
-    assert hash_of_file(tmp_path / "one") == hashlib.sha256(content).hexdigest()[:32]
-    assert hash_of_file(tmp_path / "one") != hash_of_file(tmp_path / "two")
+@pytest.mark.parametrize(
+    "content",
+    [
+        valid_line() + "\n" + valid_line()[:-9],
+        "null\n",
+        "[]\n",
+        valid_line(unknown=1),
+        valid_line(bucket=[17, 64]),
+        valid_line(bucket=None),
+        '{"source": "a"}\n',
+        valid_line().encode().replace(b'"a"', b'"\xe9"'),
+    ],
+    ids=["cut off", "null", "a list", "a field too many", "two sizes", "no size", "fields missing", "not UTF-8"],
+)
+def test_a_damaged_index_is_named(tmp_path: Path, content: str | bytes) -> None:
+    prepared = PreparedSet(tmp_path)
+    prepared.write_index([entry()], SETTINGS)
+    (tmp_path / "index.jsonl").write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError, match=r"index\.jsonl is damaged"):
+        prepared.read_index()
+
+
+def test_an_index_without_a_clip_says_so(tmp_path: Path) -> None:
+    prepared = PreparedSet(tmp_path)
+    prepared.write_index([], SETTINGS)
+    with pytest.raises(UserError, match="lists no clip"):
+        prepared.read_index()
+
+
+@pytest.mark.parametrize("content", [b"", b'{"fps": 8.0', b"\xff\xfe"])
+def test_damaged_settings_are_named(tmp_path: Path, content: bytes) -> None:
+    prepared = PreparedSet(tmp_path)
+    prepared.write_index([entry()], SETTINGS)
+    (tmp_path / "settings.json").write_bytes(content)
+    for read in (prepared.read_settings, prepared.read_index):
+        with pytest.raises(UserError) as caught:
+            read()
+        assert "settings.json" in str(caught.value)
+
+
+def test_json_files_can_be_read_by_people(tmp_path: Path) -> None:
+    PreparedSet(tmp_path).write_json("report.json", {"skipped": [{"path": "кот.mp4"}]})
+    text = (tmp_path / "report.json").read_text(encoding="utf-8")
+    assert json.loads(text) == {"skipped": [{"path": "кот.mp4"}]}
+    assert "кот.mp4" in text and "\n" in text

@@ -98,7 +98,7 @@ def test_factors_are_those_of_the_stock_pipeline(checkpoint: Checkpoint, tiny_mo
             {**VAE, "scaling_factor": 1.15258426},
             {
                 "native_size": (49, 480, 720),
-                "native_fps": 8.0,
+                "native_fps": 8,
                 "latent_frame_multiple": 1,
                 "scaling_factor": 1.15258426,
             },
@@ -107,13 +107,13 @@ def test_factors_are_those_of_the_stock_pipeline(checkpoint: Checkpoint, tiny_mo
         pytest.param(
             TRANSFORMER_1_0,
             VAE,
-            {"native_size": (49, 480, 720), "native_fps": 8.0, "latent_frame_multiple": 1, "scaling_factor": 0.7},
+            {"native_size": (49, 480, 720), "native_fps": 8, "latent_frame_multiple": 1, "scaling_factor": 0.7},
             id="5b",
         ),
         pytest.param(
             TRANSFORMER_1_5,
             VAE,
-            {"native_size": (81, 768, 1360), "native_fps": 16.0, "latent_frame_multiple": 2, "scaling_factor": 0.7},
+            {"native_size": (81, 768, 1360), "native_fps": 16, "latent_frame_multiple": 2, "scaling_factor": 0.7},
             id="1.5-5B",
         ),
     ],
