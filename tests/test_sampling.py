@@ -174,7 +174,10 @@ def test_mp4_shows_the_frames_at_the_rate(
         assert container.streams.video[0].average_rate == rate
         frames = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
     assert frames.shape == base.shape
-    assert np.abs(frames.astype(int) - base).mean() < 12  # lossy: but these frames
+    ours, expected = (video.astype(float).mean(-1).reshape(9, -1) for video in (frames, base))
+    likeness = np.corrcoef(ours, expected)[:9, 9:]  # of each frame's brightness: the colours are stored coarsely
+    assert likeness.diagonal().min() > 0.9
+    assert likeness.argmax(1).tolist() == list(range(9))
     assert [path.name for path in tmp_path.iterdir()] == ["video.mp4"]
 
 
@@ -214,7 +217,7 @@ def refusal(cli: Cli, tmp_path: Path) -> Callable[..., str]:
     """The one line that a refused command says; nothing may have been made."""
 
     def call(*flags: str | Path, output: str = "frames", prompt: Sequence[str] = ("--prompt", PROMPT)) -> str:
-        code, out, messages = cli("sample", *flags, *prompt, "--output", tmp_path / output, *SMALL_STEPS)
+        code, out, messages = cli("sample", *flags, *prompt, "--output", tmp_path / output, "--num_inference_steps", "2")
         assert code == 2, messages
         assert out == ""
         assert "Traceback" not in messages
@@ -224,9 +227,6 @@ def refusal(cli: Cli, tmp_path: Path) -> Callable[..., str]:
         return errors[0]
 
     return call
-
-
-SMALL_STEPS = ("--num_inference_steps", "2")
 
 
 def test_unknown_kind_of_file_is_refused(refusal, tiny_model: Path) -> None:

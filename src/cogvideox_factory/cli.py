@@ -21,6 +21,7 @@ from cogvideox_factory.config import (
     Demo,
     Prepare,
     Report,
+    RunError,
     Sample,
     Train,
     UserError,
@@ -69,10 +70,29 @@ def run_guarded(command: Callable[[], Any]) -> int:
         return 130
     except BrokenPipeError:  # the reader of our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit complains again
-    except OSError as error:
-        print_error(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}")
+    except Exception as error:
+        message = failure_message(error)
+        if message is None:  # a fault of ours, which is reported best by its traceback
+            raise
+        print_error(message)
         return EXIT_FAILED
     return 0
+
+
+def failure_message(error: Exception) -> str | None:
+    """What to tell a user of a failure that the machine or its files caused; None for any other."""
+    from safetensors import SafetensorError
+
+    if isinstance(error, OSError):
+        return f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
+    if isinstance(error, (RunError, SafetensorError)):
+        return str(error)
+    if type(error).__name__ == "OutOfMemoryError":  # of torch, which must not be imported here for its name alone
+        return (
+            f"{error}\nWhat needs less memory: --gradient_checkpointing, --use_tiling and --enable_tiling, "
+            "--train_batch_size 1, smaller --height_buckets and --width_buckets, --enable_model_cpu_offload"
+        )
+    return None
 
 
 def run_demo(options: Demo) -> None:

@@ -34,6 +34,10 @@ class UserError(Exception):
     """What the user asked for cannot be done as asked: one message that names the value and the fix, exit code 2."""
 
 
+class RunError(Exception):
+    """Something failed on the way that is no fault of the options: one message that names it, exit code 1."""
+
+
 @dataclass(frozen=True)
 class AtLeast:
     """Check of a number, or of each number in a list: no less than `minimum`."""

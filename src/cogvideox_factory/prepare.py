@@ -50,6 +50,7 @@ def run(options: Prepare) -> None:
     assert options.output_dir is not None
     checkpoint = open_checkpoint(options.model)
     refuse_image_to_video(checkpoint)
+    check_text_length(checkpoint, options.encoding)
     data = replace(options.data, **resolve_data_options(options.data, checkpoint))
     read_clips(data)  # what is wrong with the data set as a whole is said before a folder is made
     make_output_folder(options.output_dir)
@@ -160,6 +161,16 @@ def resolve_data_options(data: DataOptions, checkpoint: Checkpoint) -> dict[str,
         "width_buckets": divisible("width_buckets", data.width_buckets or (width,)),
         "fps": data.fps or checkpoint.native_fps,
     }
+
+
+def check_text_length(checkpoint: Checkpoint, encoding: EncodingOptions) -> None:
+    """Raises UserError for a number of tokens that the transformer cannot place."""
+    tokens, longest = encoding.max_sequence_length, checkpoint.max_text_tokens
+    has_fixed_length = not checkpoint.transformer.get("use_rotary_positional_embeddings")
+    if tokens is not None and (tokens > longest or (has_fixed_length and tokens != longest)):
+        raise UserError(
+            f"--max_sequence_length {tokens}: {checkpoint.name} takes {'' if has_fixed_length else 'up to '}{longest}"
+        )
 
 
 def check_prepared(checkpoint: Checkpoint, prepared: PreparedSet) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from PIL import Image
 from cogvideox_factory.config import ModelOptions, Sample, SamplingOptions, UserError, read_config
 from cogvideox_factory.data.store import write_durably
 from cogvideox_factory.data.video import write_video
-from cogvideox_factory.model.adapters import find_lora
+from cogvideox_factory.model.adapters import LORA_FILE, find_lora
 from cogvideox_factory.model.encoders import load_vae, spare_memory
 from cogvideox_factory.model.family import Checkpoint, open_checkpoint, refuse_image_to_video
 
@@ -202,14 +202,16 @@ def _lora_of(options: Sample) -> Path | None:
         return options.lora
     if options.lora is not None:
         raise UserError("--run and --lora: give one of them")
-    if options.step is None:
-        return options.run
     if options.step == 0:
         return None
-    folder = options.run / "checkpoints" / f"step-{options.step:08}"
-    if not folder.is_dir():
-        present = sorted(int(path.name[5:]) for path in folder.parent.glob("step-*"))
-        raise UserError(
-            f"--step {options.step}: the run has no such checkpoint; it has {', '.join(map(str, present)) or 'none'}"
-        )
-    return folder
+    steps = sorted(int(path.name[5:]) for path in (options.run / "checkpoints").glob("step-*"))
+    present = f"it has {', '.join(map(str, steps)) or 'none'}"
+    if options.step is None:
+        if not (options.run / LORA_FILE).is_file():
+            raise UserError(
+                f"--run {options.run}: has no {LORA_FILE} yet; --step takes one of its checkpoints ({present})"
+            )
+        return options.run
+    if options.step not in steps:
+        raise UserError(f"--step {options.step}: the run has no such checkpoint; {present}")
+    return options.run / "checkpoints" / f"step-{options.step:08}"

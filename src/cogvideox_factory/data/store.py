@@ -25,7 +25,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from cogvideox_factory.config import UserError
+from cogvideox_factory.config import RunError, UserError
 from cogvideox_factory.data.buckets import Bucket
 
 
@@ -40,7 +40,7 @@ class Entry:
     key: str
 
 
-class DamagedEntry(Exception):
+class DamagedEntry(RunError):
     """A tensor file that cannot be read back; the message names it."""
 
 

@@ -6,6 +6,7 @@ sees, are raw latents times the checkpoint's scaling factor.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,8 @@ import torch
 
 from cogvideox_factory.config import UserError
 from cogvideox_factory.model.family import Checkpoint
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,9 @@ class TextEncoder:
     @torch.no_grad()
     def encode(self, prompt: str) -> torch.Tensor:
         """Embedding of one prompt, (tokens, width), in the encoder's type."""
+        num_tokens = len(self.pipeline.tokenizer(prompt).input_ids)
+        if num_tokens > self.max_tokens:
+            logger.warning("a caption is cut at %d of its %d tokens: %s", self.max_tokens, num_tokens, prompt)
         embeds, _ = self.pipeline.encode_prompt(
             prompt,
             do_classifier_free_guidance=False,

@@ -27,6 +27,7 @@ from cogvideox_factory.model.denoiser import Denoiser, load_scheduler, load_tran
 from cogvideox_factory.model.family import Checkpoint, open_checkpoint, refuse_image_to_video
 from cogvideox_factory.prepare import (
     check_prepared,
+    check_text_length,
     free_memory,
     make_output_folder,
     prepare,
@@ -247,10 +248,13 @@ def resolve_options(options: Train, checkpoint: Checkpoint) -> Train:
     """Options as they will be used and written down: what has its default from the checkpoint or from the prepared
     set is filled in, and folders are absolute, so that the run can be repeated and sampled from anywhere."""
     assert options.output_dir is not None and options.data.data_root is not None
+    check_text_length(checkpoint, options.encoding)
     data = dataclasses.replace(options.data, data_root=options.data.data_root.absolute())
+    encoding = options.encoding
     if options.training.load_tensors:
-        prepared = PreparedSet(options.data.data_root)
-        data = dataclasses.replace(data, fps=check_prepared(checkpoint, prepared)["fps"])
+        settings = check_prepared(checkpoint, PreparedSet(options.data.data_root))
+        data = dataclasses.replace(data, fps=settings["fps"])
+        encoding = dataclasses.replace(encoding, max_sequence_length=settings["max_sequence_length"])
     model = options.model
     if checkpoint.is_local:
         model = dataclasses.replace(model, pretrained_model_name_or_path=str(checkpoint.folder.absolute()))
@@ -258,6 +262,7 @@ def resolve_options(options: Train, checkpoint: Checkpoint) -> Train:
         options,
         model=model,
         data=dataclasses.replace(data, **resolve_data_options(data, checkpoint)),
+        encoding=encoding,
         output_dir=options.output_dir.absolute(),
     )
 
