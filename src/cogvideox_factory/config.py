@@ -60,13 +60,16 @@ class MoreThan:
 
 @dataclass(frozen=True)
 class Within:
-    """Check of a number: from `low` to `high`, both included."""
+    """Check of a number: from `low` to `high`, both included unless it says otherwise."""
 
     low: float
     high: float
+    includes_high: bool = True
 
     def complaint(self, value: float) -> str | None:
-        return None if self.low <= value <= self.high else f"must be from {self.low:g} to {self.high:g}"
+        if self.low <= value < self.high or (self.includes_high and value == self.high):
+            return None
+        return f"must be from {self.low:g} to {'' if self.includes_high else 'below '}{self.high:g}"
 
 
 # Optional values are spelled by what one types, not as "{None}|STR".
@@ -238,9 +241,9 @@ class OptimizerOptions:
     """Restarts of cosine_with_restarts."""
     lr_power: Annotated[float, MoreThan(0)] = 1.0
     """Power of the polynomial schedule."""
-    beta1: Annotated[float, Within(0, 1)] = 0.9
+    beta1: Annotated[float, Within(0, 1, includes_high=False)] = 0.9
     """Decay of the running mean of the gradient."""
-    beta2: Annotated[float, Within(0, 1)] = 0.95
+    beta2: Annotated[float, Within(0, 1, includes_high=False)] = 0.95
     """Decay of the running mean of its square."""
     weight_decay: Annotated[float, AtLeast(0)] = 1e-4
     """Weight decay."""

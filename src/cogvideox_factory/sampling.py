@@ -44,7 +44,7 @@ def pipeline_from_disk(checkpoint: Checkpoint, lora: Path | None, dtype: torch.d
         file = find_lora(lora)
         try:
             pipeline.load_lora_weights(file.parent, weight_name=file.name)
-        except (ValueError, RuntimeError) as error:
+        except (ValueError, RuntimeError, OSError, KeyError) as error:
             raise UserError(f"--lora {lora}: does not fit {checkpoint.name}: {error}") from error
     return pipeline
 

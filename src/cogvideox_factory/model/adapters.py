@@ -12,15 +12,19 @@ from pathlib import Path
 
 import torch
 
-from cogvideox_factory.config import LoraOptions, UserError
+from cogvideox_factory.config import LoraOptions, UserError, nearest
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
 def attach_lora(transformer, options: LoraOptions, seed: int) -> None:
-    """Put LoRA layers, in fp32, on the transformer's target modules. Raises UserError where none matches."""
+    """Put LoRA layers, in fp32, on the transformer's target modules.
+
+    Raises UserError where one of them is no linear layer; peft would leave it out in silence.
+    """
     from peft import LoraConfig
 
+    _check_targets(transformer, options.target_modules)
     config = LoraConfig(
         r=options.rank,
         lora_alpha=options.lora_alpha,
@@ -29,16 +33,7 @@ def attach_lora(transformer, options: LoraOptions, seed: int) -> None:
     )
     with torch.random.fork_rng():  # the adapter's first weights depend on the seed and on nothing that ran before
         torch.manual_seed(seed)
-        try:
-            transformer.add_adapter(config)
-        except ValueError as error:
-            names = sorted(
-                {name.rpartition(".")[2] for name, module in transformer.named_modules() if _is_linear(module)}
-            )
-            raise UserError(
-                f"--target_modules {' '.join(options.target_modules)}: no layer of the transformer has such a "
-                f"name; its linear layers end in {', '.join(names)}"
-            ) from error
+        transformer.add_adapter(config)
     for parameter in trainable_parameters(transformer).values():
         parameter.data = parameter.data.float()
 
@@ -76,5 +71,19 @@ def find_lora(path: Path) -> Path:
     return file
 
 
-def _is_linear(module) -> bool:
-    return isinstance(module, torch.nn.Linear)
+def _check_targets(transformer, targets: tuple[str, ...]) -> None:
+    """Raises UserError for a target that is the end of no linear layer's name."""
+    layers = [name for name, module in transformer.named_modules() if isinstance(module, torch.nn.Linear)]
+    for target in targets:
+        if not any(name == target or name.endswith(f".{target}") for name in layers):
+            endings = sorted({_ending(name) for name in layers})
+            raise UserError(
+                f"--target_modules {target}: no linear layer of the transformer has such a name"
+                f"{nearest(target, endings)}; their names end in {', '.join(endings)}"
+            )
+
+
+def _ending(name: str) -> str:
+    """The last part of a layer's name, or the last two where the last is only a number."""
+    parts = name.split(".")
+    return ".".join(parts[-2:]) if parts[-1].isdigit() else parts[-1]

@@ -84,7 +84,7 @@ class Denoiser:
         patch, patch_t = config["patch_size"], config.get("patch_size_t")
         return _rotary_embedding(
             config["attention_head_dim"],
-            (frames if patch_t is None else frames // patch_t, height // patch, width // patch),
+            (frames if patch_t is None else -(-frames // patch_t), height // patch, width // patch),
             (config["sample_height"] // patch, config["sample_width"] // patch),
             patch_t is not None,
             device,

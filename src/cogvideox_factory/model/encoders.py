@@ -80,7 +80,7 @@ class VideoEncoder:
         """Mean and log-variance of the raw latents, (channels, frames, height, width), of one uint8 video."""
         vae = self.vae
         pixels = torch.from_numpy(pixels_FHWC).to(vae.device)
-        pixels = pixels.to(vae.dtype).div_(127.5).sub_(1)
+        pixels = pixels.float().div_(127.5).sub_(1).to(vae.dtype)  # rounded once
         distribution = vae.encode(pixels.permute(3, 0, 1, 2)[None]).latent_dist
         return distribution.mean[0], distribution.logvar[0]
 

@@ -95,7 +95,7 @@ class Checkpoint:
     @functools.cached_property
     def weights_dtype(self) -> torch.dtype:
         """Type of the transformer's weights as stored."""
-        file = next(iter(sorted((self.folder / "transformer").glob("*.safetensors"))), None)
+        file = next((path for path in self._files("transformer") if path.suffix == ".safetensors"), None)
         if file is None:
             return torch.float32
         with safe_open(file, "pt") as tensors:
@@ -114,16 +114,25 @@ class Checkpoint:
         Three samples of 64 KiB a file tell two sets of weights apart without reading the gigabytes of a T5.
         """
         digest = hashlib.sha256()
-        for path in sorted((self.folder / component).rglob("*")):
-            if not path.is_file() or path.name.startswith("."):
-                continue
+        for path in self._files(component):
             size = path.stat().st_size
             digest.update(f"{path.name}/{size}/".encode())
             with path.open("rb") as file:
-                for start in (0, size // 2, max(size - 65536, 0)):
+                for start in (0, max(size // 2 - 32768, 0), max(size - 65536, 0)):
                     file.seek(start)
                     digest.update(file.read(65536))
         return digest.hexdigest()[:32]
+
+    def _files(self, component: str) -> list[Path]:
+        """Files of a component without the weights of variants that are not used (NAME.VARIANT[-SHARD].SUFFIX)."""
+
+        def is_used(path: Path) -> bool:
+            if path.suffix not in (".safetensors", ".bin"):
+                return path.is_file() and not path.name.startswith(".")
+            variant = path.name.split(".")[1].split("-")[0] if path.name.count(".") > 1 else None
+            return variant == self.variant
+
+        return [path for path in sorted((self.folder / component).rglob("*")) if is_used(path)]
 
 
 def open_checkpoint(options: ModelOptions) -> Checkpoint:
@@ -168,7 +177,10 @@ def refuse_image_to_video(checkpoint: Checkpoint) -> None:
 
 def _read_json(path: Path, name: str) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("not a mapping")
+        return content
     except (OSError, ValueError) as error:
         reason = "it has no" if isinstance(error, FileNotFoundError) else "unreadable"
         raise UserError(
@@ -179,9 +191,10 @@ def _read_json(path: Path, name: str) -> dict[str, Any]:
 
 
 def _download(name: str, options: ModelOptions) -> Path:
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
         raise UserError(f"--pretrained_model_name_or_path {name}: no such folder")
     from diffusers import DiffusionPipeline
+    from httpx import HTTPError
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
@@ -190,7 +203,7 @@ def _download(name: str, options: ModelOptions) -> Path:
                 name, revision=options.revision, variant=options.variant, cache_dir=options.cache_dir
             )
         )
-    except (HfHubHTTPError, OSError, ValueError) as error:
+    except (HfHubHTTPError, HTTPError, OSError, ValueError) as error:
         raise UserError(
             f"--pretrained_model_name_or_path {name}: no such folder here, and not available from the Hugging Face "
             f"Hub ({_first_line(error)})"

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-from cogvideox_factory.config import OptimizerOptions
+from cogvideox_factory.config import OptimizerOptions, UserError
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 
@@ -32,6 +32,12 @@ def build_schedule(optimizer: torch.optim.Optimizer, options: OptimizerOptions, 
     from diffusers.optimization import get_scheduler
 
     warms_up = options.lr_scheduler == "constant" and options.lr_warmup_steps > 0
+    end_of_polynomial = 1e-7  # diffusers' own
+    if options.lr_scheduler == "polynomial" and optimizer.defaults["lr"] <= end_of_polynomial:
+        raise UserError(
+            f"--learning_rate {optimizer.defaults['lr']:g}: must be more than {end_of_polynomial:g}, where "
+            "--lr_scheduler polynomial ends"
+        )
     return get_scheduler(
         "constant_with_warmup" if warms_up else options.lr_scheduler,
         optimizer,

@@ -75,7 +75,6 @@ class Validation:
     def run_in_memory(self, step: int, transformer, scheduler, dtype: torch.dtype, device: torch.device) -> None:
         """Videos of the model as it is. It comes back in the mode it had, with nothing attached to it."""
         was_training = transformer.training
-        transformer.eval()
         pipeline = pipeline_in_memory(self.checkpoint, transformer, scheduler, self.sampling, dtype, device)
         negative = self._embedding("", dtype, device)
 
@@ -83,8 +82,11 @@ class Validation:
             embeds = self._embedding(video.prompt, dtype, device)
             return self._generate(pipeline, video, prompt_embeds=embeds, negative_prompt_embeds=negative)
 
-        self._write(step, make)
-        transformer.train(was_training)
+        transformer.eval()
+        try:
+            self._write(step, make)
+        finally:
+            transformer.train(was_training)
 
     def run_from_saved(self, step: int, device: torch.device) -> bool:
         """Videos of the base model with the saved LoRA, all by stock diffusers; whether there were any to make."""
