@@ -155,7 +155,7 @@ def quiet_libraries() -> Iterator[None]:
     package.setLevel(logging.INFO)
     if not package.handlers:
         package.addHandler(AboveBarHandler())
-    for library in ("torch.utils._pytree", "torchao", "torchao.kernel.intmm", "bitsandbytes", "DeepSpeed", "httpx"):
+    for library in ("torch.utils._pytree", "torchao", "torchao.kernel.intmm", "bitsandbytes", "DeepSpeed", "httpx2"):
         # The filter too, because importing some of them sets the level again; DeepSpeed writes to standard output.
         logging.getLogger(library).setLevel(logging.ERROR)
         logging.getLogger(library).addFilter(_only_errors)

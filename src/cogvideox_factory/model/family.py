@@ -194,8 +194,7 @@ def _download(name: str, options: ModelOptions) -> Path:
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
         raise UserError(f"--pretrained_model_name_or_path {name}: no such folder")
     from diffusers import DiffusionPipeline
-    from httpx import HTTPError
-    from huggingface_hub.errors import HfHubHTTPError
+    from httpx2 import HTTPError
 
     try:
         return Path(
@@ -203,7 +202,7 @@ def _download(name: str, options: ModelOptions) -> Path:
                 name, revision=options.revision, variant=options.variant, cache_dir=options.cache_dir
             )
         )
-    except (HfHubHTTPError, HTTPError, OSError, ValueError) as error:
+    except (HTTPError, OSError, ValueError) as error:
         raise UserError(
             f"--pretrained_model_name_or_path {name}: no such folder here, and not available from the Hugging Face "
             f"Hub ({_first_line(error)})"
