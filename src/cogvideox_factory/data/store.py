@@ -113,7 +113,10 @@ class PreparedSet:
                 f"{self.folder} is not a prepared set (no index.jsonl): run `prepare` first, or leave out "
                 "--load_tensors to train on raw clips"
             )
-        return json.loads(path.read_text(encoding="utf-8"))
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UserError(f"{path} is damaged ({error}); run `prepare` again, nothing is encoded twice") from error
 
     def read_index(self) -> list[Entry]:
         """Entries of the set. Raises UserError where there are none, or the index is damaged."""

@@ -49,14 +49,17 @@ class Timeline:
 
 
 def read_timeline(path: Path) -> Timeline:
-    """Time stamps of all frames, read from the packets without decoding. Raises VideoError."""
+    """Time stamps of all frames, read from the packets; only the first frame is decoded. Raises VideoError."""
     with _open(path) as (container, stream):
-        packets = [packet for packet in container.demux(stream) if packet.size]
+        stored = [packet for packet in container.demux(stream) if packet.size]
+        if len(stored) < stream.frames:
+            raise VideoError(f"is cut off: holds {len(stored)} of {stream.frames} frames")
+        packets = [packet for packet in stored if not packet.is_discard]
         if not packets:
             raise VideoError("holds no frames")
         rate = float(stream.average_rate or stream.guessed_rate or 0)
         stamps = sorted(packet.pts for packet in packets if packet.pts is not None)
-        if len(stamps) == len(packets) and stream.time_base:
+        if len(stamps) == len(packets) and stream.time_base and container.format.name != "avi":
             times = np.array(stamps, dtype=np.float64) * float(stream.time_base)
             times -= times[0]
             spacing = float(np.median(np.diff(times))) if len(times) > 1 else 1 / rate if rate else 0.0
@@ -64,7 +67,9 @@ def read_timeline(path: Path) -> Timeline:
             times, spacing = np.arange(len(packets)) / rate, 1 / rate
         else:
             raise VideoError("has neither time stamps nor a frame rate")
-        return Timeline(times, float(times[-1]) + spacing, stream.height, stream.width)
+        container.seek(0)
+        height, width = _shown_size(next(container.decode(stream)), stream)
+        return Timeline(times, float(times[-1]) + spacing, height, width)
 
 
 def read_frames(path: Path, timeline: Timeline, times: np.ndarray, bucket: Bucket, reshape_mode: str) -> np.ndarray:
@@ -79,7 +84,7 @@ def read_frames(path: Path, timeline: Timeline, times: np.ndarray, bucket: Bucke
         on_screen: av.VideoFrame | None = None
         for time, frame in _decode(container, stream):
             while filled < len(times) and on_screen is not None and times[filled] < time - TIME_TOLERANCE_SECONDS:
-                chosen[filled] = _fit(on_screen, bucket, reshape_mode)
+                chosen[filled] = _fit(on_screen, stream, bucket, reshape_mode)
                 filled += 1
             if filled == len(times):
                 return chosen
@@ -88,7 +93,7 @@ def read_frames(path: Path, timeline: Timeline, times: np.ndarray, bucket: Bucke
             raise VideoError("no frame could be decoded")
         if last_time < min(times[-1], timeline.times[-1]) - TIME_TOLERANCE_SECONDS:
             raise VideoError(f"breaks off after {last_time:.2f} of {timeline.end:.2f} seconds")
-        chosen[filled:] = _fit(on_screen, bucket, reshape_mode)  # it stays on screen until the timeline's end
+        chosen[filled:] = _fit(on_screen, stream, bucket, reshape_mode)  # it stays on screen until the timeline's end
     return chosen
 
 
@@ -131,6 +136,9 @@ class _open:
             self.container.close()
             raise VideoError("has no picture")
         stream = self.container.streams.video[0]
+        if stream.codec_context is None:
+            self.container.close()
+            raise VideoError("is in a format that cannot be decoded")
         stream.thread_type = "AUTO"
         return self.container, stream
 
@@ -150,22 +158,37 @@ def _decode(container: InputContainer, stream: VideoStream) -> Iterator[tuple[fl
     rate = float(stream.average_rate or stream.guessed_rate or 0)
     first: float | None = None
     for index, frame in enumerate(container.decode(stream)):
-        time = frame.time if frame.time is not None else index / rate if rate else None
+        stamped = frame.time is not None and not (container.format.name == "avi" and rate)
+        time = frame.time if stamped else index / rate if rate else None
         if time is None:
             raise VideoError("has neither time stamps nor a frame rate")
         first = time if first is None else first
         yield time - first, frame
 
 
-def _fit(frame: av.VideoFrame, bucket: Bucket, reshape_mode: str) -> np.ndarray:
+def _shown_size(frame: av.VideoFrame, stream: VideoStream) -> tuple[int, int]:
+    """Height and width as a player shows them: with square pixels and turned upright."""
+    size = frame.height, round(frame.width * float(stream.sample_aspect_ratio or 1))
+    return size[::-1] if frame.rotation % 180 else size
+
+
+def _fit(frame: av.VideoFrame, stream: VideoStream, bucket: Bucket, reshape_mode: str) -> np.ndarray:
     """One frame as RGB in the bucket's size."""
     height, width = bucket.height, bucket.width
     if reshape_mode == "center":
-        scale = max(height / frame.height, width / frame.width)
-        height, width = max(height, round(frame.height * scale)), max(width, round(frame.width * scale))
+        shown_height, shown_width = _shown_size(frame, stream)
+        scale = max(height / shown_height, width / shown_width)
+        height, width = max(height, round(shown_height * scale)), max(width, round(shown_width * scale))
     else:
         assert reshape_mode == "none", reshape_mode
+    turned = frame.rotation % 180 != 0
     # swscale's bicubic widens its filter when it shrinks a picture, so nothing aliases.
-    image = frame.to_ndarray(format="rgb24", width=width, height=height, interpolation=Interpolation.BICUBIC)
+    image = frame.to_ndarray(
+        format="rgb24",
+        width=height if turned else width,
+        height=width if turned else height,
+        interpolation=Interpolation.BICUBIC,
+    )
+    image = np.rot90(image, frame.rotation // 90)
     top, left = (height - bucket.height) // 2, (width - bucket.width) // 2
     return image[top : top + bucket.height, left : left + bucket.width]

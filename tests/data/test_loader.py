@@ -1,0 +1,253 @@
+"""Random numbers of a step belong to (seed, epoch, clip), whoever draws them and however the step is cut."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import fields, replace
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+
+from cogvideox_factory.data.buckets import Bucket, Position, Sampler
+from cogvideox_factory.data.loader import Batch, PreparedClips, StepBatches, clip_generator, load_steps
+from cogvideox_factory.data.store import DamagedEntry, Entry, PreparedSet
+
+LONG, SHORT = Bucket(17, 16, 24), Bucket(9, 16, 24)
+BUCKETS = [LONG, SHORT, LONG, LONG, SHORT, LONG, LONG]
+CHANNELS, HEIGHT, WIDTH = 2, 2, 3
+TENSORS = ("raw_latents", "noise", "timestep_quantiles", "prompt_embeds")
+EMPTY = PreparedSet.prompt_file("empty")
+SEED = 7
+
+Tensors = dict[str, torch.Tensor]
+
+
+@pytest.fixture(scope="module")
+def small_set(tmp_path_factory: pytest.TempPathFactory) -> tuple[PreparedSet, list[Entry]]:
+    """Seven clips of two buckets (5 and 3 latent frames), of made-up latents and captions."""
+    prepared = PreparedSet(tmp_path_factory.mktemp("small"))
+    generator = torch.Generator().manual_seed(0)
+    prepared.write_tensors(EMPTY, {"prompt_embeds": torch.full((4, 6), -1.0)})
+    entries = []
+    for index, bucket in enumerate(BUCKETS):
+        shape = (CHANNELS, (bucket.frames - 1) // 4 + 1, HEIGHT, WIDTH)
+        files = {"latents": prepared.latents_file(f"clip{index}"), "prompt": prepared.prompt_file(f"caption{index}")}
+        latents = {name: torch.randn(shape, generator=generator) for name in ("mean", "logvar")}
+        prepared.write_tensors(files["latents"], latents)
+        prepared.write_tensors(files["prompt"], {"prompt_embeds": torch.full((4, 6), float(index))})
+        entries.append(Entry(f"{index}.mp4", f"caption {index}", bucket, files, key=f"key{index}"))
+    return prepared, entries
+
+
+def clips_of(small_set: tuple[PreparedSet, list[Entry]], **options) -> PreparedClips:
+    prepared, entries = small_set
+    return PreparedClips(prepared, entries, EMPTY, **{"seed": SEED, "caption_dropout": 0.5, **options})
+
+
+def one_by_one(clips: PreparedClips, epoch: int = 0) -> dict[int, Tensors]:
+    """Each clip's tensors in an epoch, each drawn in a step of its own."""
+    batches = {index: clips[Position(epoch), [[[index]]]].batches[0] for index in range(len(clips.entries))}
+    return {index: {name: getattr(batch, name)[0] for name in TENSORS} for index, batch in batches.items()}
+
+
+def assert_equal(ours: Tensors, theirs: Tensors) -> None:
+    for name in TENSORS:
+        assert torch.equal(ours[name], theirs[name]), name
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "num_ranks", "num_micro_batches"), [(1, 1, 1), (3, 1, 1), (2, 2, 1), (1, 3, 2), (2, 1, 4), (4, 4, 2)]
+)
+@pytest.mark.parametrize("epoch", [0, 3])
+def test_a_clips_random_numbers_do_not_depend_on_how_the_step_is_cut(
+    small_set, batch_size: int, num_ranks: int, num_micro_batches: int, epoch: int
+) -> None:
+    expected = one_by_one(clips_of(small_set), epoch)
+    sampler = Sampler(BUCKETS, batch_size, num_ranks, num_micro_batches, SEED)
+    seen = []
+    for rank in range(num_ranks):
+        clips = clips_of(small_set, rank=rank)
+        for step in sampler.epoch(epoch):
+            batches = clips[Position(epoch), step].batches
+            assert len(batches) == len(step)
+            for shares, batch in zip(step, batches, strict=True):
+                for place, index in enumerate(shares[rank]):
+                    assert_equal({name: getattr(batch, name)[place] for name in TENSORS}, expected[index])
+                    seen.append(index)
+    assert sorted(seen) == list(range(len(BUCKETS)))  # each clip once, over all ranks
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_workers_and_a_resumed_position_give_what_an_uninterrupted_iteration_gives(small_set, num_workers: int) -> None:
+    clips, sampler = clips_of(small_set), Sampler(BUCKETS, 2, num_micro_batches=2, seed=SEED)
+    assert sampler.steps_per_epoch() == 2
+    steps = [(Position(epoch, number), step) for epoch in range(3) for number, step in enumerate(sampler.epoch(epoch))]
+    for start in (0, 1, 2, 5):
+        loaded = itertools.islice(load_steps(clips, sampler, steps[start][0], num_workers=num_workers), 6 - start)
+        for ours, (position, step) in zip(loaded, steps[start:], strict=True):
+            assert isinstance(ours, StepBatches) and ours.position == position
+            assert ours.num_clips == sum(len(share) for shares in step for share in shares)
+            theirs = [clips[position, [shares]].batches[0] for shares in step]
+            for mine, reference in zip(ours.batches, theirs, strict=True):
+                assert_equal(vars(mine), vars(reference))
+
+
+def test_every_clip_epoch_and_seed_has_random_numbers_of_its_own(small_set) -> None:
+    drawn = [
+        tensors
+        for seed in (7, 8, 70)
+        for epoch in (0, 1, 10)
+        for tensors in one_by_one(clips_of(small_set, seed=seed), epoch).values()
+    ]
+    assert len(drawn) == 3 * 3 * len(BUCKETS)
+    for one, other in itertools.combinations(drawn, 2):
+        assert one["timestep_quantiles"] != other["timestep_quantiles"]
+        frames = min(len(one["noise"]), len(other["noise"]))
+        assert (one["noise"][:frames] - other["noise"][:frames]).abs().mean() > 0.5
+    again = one_by_one(clips_of(small_set), 10)
+    for index, tensors in one_by_one(clips_of(small_set), 10).items():
+        assert_equal(tensors, again[index])
+
+
+def test_a_generator_is_keyed_by_all_of_seed_epoch_and_clip() -> None:
+    keys = [(1, 1, "a"), (1, 1, "b"), (1, 2, "a"), (2, 1, "a"), (1, 11, "a"), (11, 1, "a"), (-1, 1, "a")]
+    numbers = {tuple(torch.rand(2, generator=clip_generator(*key)).tolist()) for key in keys}
+    assert len(numbers) == len(keys)
+    state = torch.get_rng_state()
+    assert torch.equal(*(torch.rand(2, generator=clip_generator(1, 1, "a")) for _ in range(2)))
+    assert torch.equal(torch.get_rng_state(), state)  # the global generator stays out of it
+
+
+@pytest.mark.parametrize("multiple", [1, 2])
+def test_latents_are_drawn_from_the_stored_distribution_as_diffusers_draws(small_set, multiple: int) -> None:
+    clips = clips_of(small_set, latent_frame_multiple=multiple)
+    for index, tensors in one_by_one(clips, epoch=4).items():
+        stored = clips.prepared.read_tensors(clips.entries[index].files["latents"])
+        distribution = DiagonalGaussianDistribution(torch.cat([stored["mean"], stored["logvar"]])[None])
+        generator = clip_generator(SEED, 4, f"key{index}")
+        quantile, _ = torch.rand(2, generator=generator)
+        frames = stored["mean"].shape[1]
+        eps = torch.randn((frames, CHANNELS, HEIGHT, WIDTH), generator=generator)
+        sample = distribution.mean + distribution.std * eps.transpose(0, 1)
+        noise = torch.randn((frames + frames % multiple, CHANNELS, HEIGHT, WIDTH), generator=generator)
+        assert torch.equal(tensors["raw_latents"], sample[0].transpose(0, 1))
+        assert torch.equal(tensors["noise"], noise) and torch.equal(tensors["timestep_quantiles"], quantile)
+
+
+def test_the_draws_are_standard_normal_uniform_and_independent(small_set) -> None:
+    clips = clips_of(small_set)
+    stored = [clips.prepared.read_tensors(entry.files["latents"]) for entry in clips.entries]
+    eps, noise, quantiles = [], [], []
+    for epoch in range(60):
+        for index, tensors in one_by_one(clips, epoch).items():
+            mean, std = (
+                part.transpose(0, 1) for part in (stored[index]["mean"], stored[index]["logvar"].mul(0.5).exp())
+            )
+            eps.append(((tensors["raw_latents"] - mean) / std).flatten())
+            noise.append(tensors["noise"].flatten())
+            quantiles.append(tensors["timestep_quantiles"])
+    pair = torch.stack([torch.cat(eps), torch.cat(noise)])
+    bound = 5 / pair.shape[1] ** 0.5
+    assert pair.mean(1).abs().max() < bound and (pair.var(1) - 1).abs().max() < 2 * bound
+    assert pair.prod(0).mean().abs() < bound
+    uniform = torch.stack(quantiles)
+    assert uniform.min() >= 0 and uniform.max() < 1
+    assert (uniform.mean() - 0.5).abs() < 5 * (1 / 12) ** 0.5 / len(uniform) ** 0.5
+    counts = torch.histc(uniform, bins=4, min=0, max=1)
+    assert (counts - len(uniform) / 4).abs().max() < 5 * (len(uniform) * 3 / 16) ** 0.5
+
+
+def test_half_precision_on_disk_is_drawn_in_fp32(tmp_path: Path) -> None:
+    prepared = PreparedSet(tmp_path)
+    mean, logvar = (torch.randn(2, 3, 2, 2).bfloat16() for _ in range(2))
+    prepared.write_tensors("latents/a.safetensors", {"mean": mean, "logvar": logvar})
+    prepared.write_tensors(EMPTY, {"prompt_embeds": torch.ones(4, 6, dtype=torch.bfloat16)})
+    entry = Entry("a.mp4", "a", SHORT, {"latents": "latents/a.safetensors", "prompt": EMPTY}, "a")
+    batch = PreparedClips(prepared, [entry], EMPTY, seed=1, caption_dropout=0.0)[Position(), [[[0]]]].batches[0]
+    generator = clip_generator(1, 0, "a")
+    torch.rand(2, generator=generator)
+    eps = torch.randn((3, 2, 2, 2), generator=generator)
+    expected = mean.float().transpose(0, 1) + torch.exp(0.5 * logvar.float().transpose(0, 1)) * eps
+    assert torch.equal(batch.raw_latents[0], expected) and batch.noise.dtype == torch.float32
+    assert batch.raw_latents.dtype == torch.float32 and batch.prompt_embeds.dtype == torch.bfloat16
+
+
+def test_caption_dropout_of_0_and_1_are_exact(small_set) -> None:
+    for epoch in range(50):
+        for index, tensors in one_by_one(clips_of(small_set, caption_dropout=0.0), epoch).items():
+            assert torch.equal(tensors["prompt_embeds"], torch.full((4, 6), float(index)))
+        for tensors in one_by_one(clips_of(small_set, caption_dropout=1.0), epoch).values():
+            assert torch.equal(tensors["prompt_embeds"], torch.full((4, 6), -1.0))
+
+
+@pytest.mark.parametrize("chance", [0.1, 0.5])
+def test_caption_dropout_takes_its_share_and_changes_no_other_number(small_set, chance: float) -> None:
+    some, none = clips_of(small_set, caption_dropout=chance), clips_of(small_set, caption_dropout=0.0)
+    dropped, early = [], []
+    for epoch in range(150):
+        kept = one_by_one(none, epoch)
+        for index, tensors in one_by_one(some, epoch).items():
+            dropped.append(bool((tensors["prompt_embeds"] == -1).all()))
+            early.append(bool(tensors["timestep_quantiles"] < 0.5))
+            if not dropped[-1]:
+                assert_equal(tensors, kept[index])
+            else:
+                assert_equal({**tensors, "prompt_embeds": kept[index]["prompt_embeds"]}, kept[index])
+    trials = len(dropped)
+    deviation = (trials * chance * (1 - chance)) ** 0.5
+    assert abs(sum(dropped) - trials * chance) < 4 * deviation
+    both = sum(one and other for one, other in zip(dropped, early, strict=True))
+    assert abs(both - trials * chance / 2) < 4 * deviation  # no part of the timesteps loses its captions
+
+
+@pytest.mark.parametrize(("batch_size", "num_ranks", "num_micro_batches"), [(2, 1, 2), (1, 3, 2), (2, 2, 3), (3, 4, 2)])
+def test_shares_of_a_step_sum_to_one_and_weigh_every_clip_alike(
+    small_set, batch_size: int, num_ranks: int, num_micro_batches: int
+) -> None:
+    sampler = Sampler(BUCKETS, batch_size, num_ranks, num_micro_batches, SEED)
+    for number, step in enumerate(sampler.epoch(0)):
+        per_rank = [clips_of(small_set, rank=rank)[Position(0, number), step] for rank in range(num_ranks)]
+        num_clips = sum(len(share) for shares in step for share in shares)
+        assert {item.num_clips for item in per_rank} == {num_clips}
+        for rank, item in enumerate(per_rank):
+            assert [batch.share for batch in item.batches] == pytest.approx(
+                [len(shares[rank]) / num_clips for shares in step]
+            )
+        assert sum(batch.share for item in per_rank for batch in item.batches) == pytest.approx(1.0)
+
+
+def test_a_rank_without_clips_takes_part_with_weight_zero(small_set) -> None:
+    step = [[[0, 2], []], [[1], [4]]]
+    first, second = (clips_of(small_set, rank=rank)[Position(), step] for rank in range(2))
+    idle, busy = second.batches
+    assert idle.share == 0.0 and busy.share == 0.25
+    assert idle.num_clips == 1  # one is enough to take part
+    assert idle.raw_latents.shape[1:] == first.batches[0].raw_latents.shape[1:]
+    assert sum(batch.share for item in (first, second) for batch in item.batches) == 1.0
+
+
+def test_noise_has_as_many_frames_as_a_patch_of_several_needs(small_set) -> None:
+    for multiple, long, short in ((1, 5, 3), (2, 6, 4), (3, 6, 3), (4, 8, 4)):
+        batch = clips_of(small_set, latent_frame_multiple=multiple)[Position(), [[[0]], [[1]]]].batches
+        assert [item.noise.shape for item in batch] == [(1, n, CHANNELS, HEIGHT, WIDTH) for n in (long, short)]
+        assert [item.raw_latents.shape[1] for item in batch] == [5, 3]
+
+
+def test_a_batch_moves_as_a_whole(small_set) -> None:
+    batch = clips_of(small_set)[Position(), [[[0, 2]]]].batches[0]
+    moved = batch.to(torch.device("meta"))
+    assert {getattr(moved, name).device.type for name in TENSORS} == {"meta"}
+    assert moved.share == batch.share == 1.0 and moved.num_clips == batch.num_clips == 2
+    assert {item.name for item in fields(Batch)} == {*TENSORS, "share"}
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_tensor_file_that_is_gone_is_named(small_set, num_workers: int) -> None:
+    prepared, entries = small_set
+    gone = [replace(entry, files={**entry.files, "latents": "latents/gone.safetensors"}) for entry in entries]
+    clips = PreparedClips(prepared, gone, EMPTY, seed=SEED, caption_dropout=0.0)
+    steps = load_steps(clips, Sampler(BUCKETS, 2), Position(), num_workers=num_workers)
+    with pytest.raises(DamagedEntry, match=r"latents/gone\.safetensors cannot be read"):
+        next(steps)
