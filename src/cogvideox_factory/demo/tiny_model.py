@@ -64,7 +64,7 @@ def build_tiny_pipeline(seed: int = 0, **transformer_options: Any):
                 **transformer_options,
             }
         )
-    return CogVideoXPipeline(tokenizer, text_encoder, vae, transformer, build_scheduler())
+    return CogVideoXPipeline(tokenizer, text_encoder.eval(), vae.eval(), transformer.eval(), build_scheduler())
 
 
 def build_scheduler():

@@ -74,13 +74,13 @@ def find_lora(path: Path) -> Path:
 def _check_targets(transformer, targets: tuple[str, ...]) -> None:
     """Raises UserError for a target that is the end of no linear layer's name."""
     layers = [name for name, module in transformer.named_modules() if isinstance(module, torch.nn.Linear)]
-    for target in targets:
-        if not any(name == target or name.endswith(f".{target}") for name in layers):
-            endings = sorted({_ending(name) for name in layers})
-            raise UserError(
-                f"--target_modules {target}: no linear layer of the transformer has such a name"
-                f"{nearest(target, endings)}; their names end in {', '.join(endings)}"
-            )
+    wrong = [target for target in targets if not any(name == target or name.endswith(f".{target}") for name in layers)]
+    if wrong:
+        endings = sorted({_ending(name) for name in layers})
+        raise UserError(
+            f"--target_modules {' '.join(wrong)}: no linear layer of the transformer has such a name"
+            f"{nearest(wrong[0], endings)}; their names end in {', '.join(endings)}"
+        )
 
 
 def _ending(name: str) -> str:

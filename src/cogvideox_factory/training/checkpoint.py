@@ -66,6 +66,12 @@ def save_checkpoint(run: Path, state: TrainState, transformer, optimizer, keep: 
     write_durably(part / "state.json", json.dumps({**asdict(state), "optimizer": rest}, indent=2).encode())
     shutil.rmtree(folder, ignore_errors=True)  # of an earlier course of this run, which went on from before it
     os.replace(part, folder)
+    # Newer ones are of a course that was left when the run went on from before them: kept, but no longer `latest`.
+    for left in list_checkpoints(run):
+        if left.name > folder.name:
+            kept_as = left.with_name(f"left-{left.name}")
+            shutil.rmtree(kept_as, ignore_errors=True)
+            os.replace(left, kept_as)
     _flush_folder(folder.parent)
     for old in list_checkpoints(run)[: -keep if keep else 0]:
         shutil.rmtree(old)
@@ -79,6 +85,8 @@ def load_checkpoint(folder: Path, transformer, optimizer) -> TrainState:
     """
     try:
         content = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        rest = content.pop("optimizer")
+        state = TrainState(**{**content, "position": Position(**content["position"])})
         weights = load_file(folder / "trainable.safetensors")
         tensors = load_file(folder / "optimizer.safetensors")
     except Exception as error:  # safetensors raises its own kind for every sort of damage
@@ -92,8 +100,8 @@ def load_checkpoint(folder: Path, transformer, optimizer) -> TrainState:
     cuda_state = tensors.pop("rng.cuda", None)
     if cuda_state is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(cuda_state)
-    optimizer.load_state_dict(_join_optimizer(tensors, content.pop("optimizer")))
-    return TrainState(**{**content, "position": Position(**content["position"])})
+    optimizer.load_state_dict(_join_optimizer(tensors, rest))
+    return state
 
 
 def find_checkpoint(run: Path, choice: str) -> Path | None:

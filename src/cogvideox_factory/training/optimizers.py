@@ -32,6 +32,8 @@ def build_schedule(optimizer: torch.optim.Optimizer, options: OptimizerOptions, 
     from diffusers.optimization import get_scheduler
 
     warms_up = options.lr_scheduler == "constant" and options.lr_warmup_steps > 0
+    # A warm-up that fills the training leaves nothing to decay over, which diffusers' polynomial divides by.
+    warms_up = warms_up or (options.lr_scheduler == "polynomial" and options.lr_warmup_steps >= num_steps)
     end_of_polynomial = 1e-7  # diffusers' own
     if options.lr_scheduler == "polynomial" and optimizer.defaults["lr"] <= end_of_polynomial:
         raise UserError(

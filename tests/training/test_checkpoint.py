@@ -1,0 +1,329 @@
+"""Checkpoints against an optimizer that was never saved, and against failures in the middle of saving."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel
+from safetensors.torch import load_file
+
+from cogvideox_factory.config import LoraOptions, UserError
+from cogvideox_factory.data.buckets import Position
+from cogvideox_factory.model.adapters import attach_lora, trainable_parameters
+from cogvideox_factory.training import checkpoint
+from cogvideox_factory.training.checkpoint import (
+    TrainState,
+    find_checkpoint,
+    list_checkpoints,
+    load_checkpoint,
+    save_checkpoint,
+)
+
+
+def build(seed: int = 0, **lora: Any):
+    """A one-layer transformer with a LoRA, and AdamW over it."""
+    transformer = CogVideoXTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, time_embed_dim=8,
+        text_embed_dim=8, num_layers=1, sample_height=8, sample_width=8, sample_frames=9, max_text_seq_length=4,
+    )  # fmt: skip
+    transformer.requires_grad_(False)
+    attach_lora(transformer, LoraOptions(**{"rank": 2, "lora_alpha": 4, **lora}), seed)
+    parameters = list(trainable_parameters(transformer).values())
+    optimizer = torch.optim.AdamW(
+        [{"params": parameters[:3], "lr": 1e-2}, {"params": parameters[3:], "lr": 3e-3}],
+        betas=(0.9, 0.95),
+        weight_decay=0.1,
+    )
+    return transformer, optimizer
+
+
+def steps(transformer, optimizer, numbers: range) -> None:
+    """Optimizer steps with gradients that depend on nothing but the step's number."""
+    for number in numbers:
+        generator = torch.Generator().manual_seed(number)
+        for parameter in trainable_parameters(transformer).values():
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+        optimizer.param_groups[0]["lr"] = 1e-2 / (1 + number)  # as a schedule would
+        optimizer.step()
+
+
+def weights(transformer) -> dict[str, torch.Tensor]:
+    return {name: value.detach().clone() for name, value in trainable_parameters(transformer).items()}
+
+
+def assert_equal(ours: Any, theirs: Any, where: str = "") -> None:
+    """Equality to the bit of nested values; JSON knows no tuples."""
+    if isinstance(theirs, torch.Tensor):
+        assert isinstance(ours, torch.Tensor) and ours.dtype == theirs.dtype and torch.equal(ours, theirs), where
+    elif isinstance(theirs, dict):
+        assert ours.keys() == theirs.keys(), where
+        for key in theirs:
+            assert_equal(ours[key], theirs[key], f"{where}/{key}")
+    elif isinstance(theirs, (list, tuple)):
+        assert len(ours) == len(theirs), where
+        for index, value in enumerate(theirs):
+            assert_equal(ours[index], value, f"{where}/{index}")
+    else:
+        assert ours == theirs and type(ours) is type(theirs), where
+
+
+def save_steps(run: Path, *numbers: int, keep: int | None = None) -> tuple[Any, Any]:
+    transformer, optimizer = build()
+    steps(transformer, optimizer, range(1))
+    for number in numbers:
+        save_checkpoint(run, TrainState(step=number), transformer, optimizer, keep)
+    return transformer, optimizer
+
+
+def names(run: Path) -> list[str]:
+    return [path.name for path in list_checkpoints(run)]
+
+
+def test_what_is_loaded_goes_on_as_if_never_saved(tmp_path: Path) -> None:
+    transformer, optimizer = build()
+    steps(transformer, optimizer, range(3))
+    state = TrainState(
+        step=3,
+        position=Position(2, 5),
+        samples_seen=11,
+        sampler={"seed": 7, "batch_size": 2},
+        schedule={"last_epoch": 3, "_last_lr": [1 / 3]},
+        scaler={"scale": 65536.0, "_growth_tracker": 3},
+    )
+    folder = save_checkpoint(tmp_path, state, transformer, optimizer, None)
+    assert folder == tmp_path / "checkpoints/step-00000003"
+    other_transformer, other_optimizer = build(seed=99)
+    before = weights(other_transformer)
+    assert not all(torch.equal(before[name], value) for name, value in weights(transformer).items())
+    assert load_checkpoint(folder, other_transformer, other_optimizer) == state
+    assert_equal(weights(other_transformer), weights(transformer))
+    assert_equal(other_optimizer.state_dict(), optimizer.state_dict())
+    assert optimizer.state_dict()["state"][0]["exp_avg"].abs().sum() > 0
+    for numbers in (range(3, 4), range(4, 5)):
+        steps(transformer, optimizer, numbers)
+        steps(other_transformer, other_optimizer, numbers)
+        assert_equal(weights(other_transformer), weights(transformer))
+        assert_equal(other_optimizer.state_dict(), optimizer.state_dict())
+
+
+def test_saving_changes_nothing_in_memory(tmp_path: Path) -> None:
+    saved, never_saved = build(), build()
+    for number in range(4):
+        for transformer, optimizer in (saved, never_saved):
+            steps(transformer, optimizer, range(number, number + 1))
+        save_checkpoint(tmp_path, TrainState(step=number), *saved, keep=1)
+    assert_equal(weights(saved[0]), weights(never_saved[0]))
+    assert_equal(saved[1].state_dict(), never_saved[1].state_dict())
+
+
+def test_an_optimizer_that_made_no_step_yet_is_saved_too(tmp_path: Path) -> None:
+    transformer, optimizer = build()
+    folder = save_checkpoint(tmp_path, TrainState(), transformer, optimizer, None)
+    other_transformer, other_optimizer = build(seed=1)
+    assert load_checkpoint(folder, other_transformer, other_optimizer) == TrainState()
+    steps(transformer, optimizer, range(2))
+    steps(other_transformer, other_optimizer, range(2))
+    assert_equal(weights(other_transformer), weights(transformer))
+
+
+def test_the_generator_goes_on_where_it_was(tmp_path: Path) -> None:
+    transformer, optimizer = save_steps(tmp_path)
+    torch.manual_seed(5)
+    torch.rand(3)
+    state = torch.get_rng_state()
+    expected = torch.randn(8)
+    torch.set_rng_state(state)
+    folder = save_checkpoint(tmp_path, TrainState(step=1), transformer, optimizer, None)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(6)
+    load_checkpoint(folder, transformer, optimizer)
+    assert torch.equal(torch.randn(8), expected)
+
+
+def test_nothing_on_disk_is_a_pickle(tmp_path: Path) -> None:
+    save_steps(tmp_path, 1)
+    files = {path.relative_to(tmp_path).as_posix(): path for path in tmp_path.rglob("*") if path.is_file()}
+    folder = "checkpoints/step-00000001"
+    expected = ("optimizer.safetensors", "pytorch_lora_weights.safetensors", "state.json", "trainable.safetensors")
+    assert sorted(files) == [f"{folder}/{name}" for name in expected]
+    for name, path in files.items():
+        if path.suffix == ".safetensors":
+            assert load_file(path), name
+        else:
+            json.loads(path.read_text())
+
+
+def test_the_lora_beside_it_is_the_trained_one(tmp_path: Path) -> None:
+    transformer, _ = save_steps(tmp_path, 1)
+    (folder,) = list_checkpoints(tmp_path)
+    lora, metadata = CogVideoXPipeline.lora_state_dict(
+        folder, weight_name="pytorch_lora_weights.safetensors", return_lora_metadata=True
+    )
+    trained = {name.replace(".default", ""): value for name, value in weights(transformer).items()}
+    assert_equal(
+        {name.removeprefix("transformer."): lora[name] for name in sorted(lora)}, dict(sorted(trained.items()))
+    )
+    assert metadata["transformer.r"] == 2 and metadata["transformer.lora_alpha"] == 4
+
+
+@pytest.mark.parametrize(
+    ("keep", "left"),
+    [(None, [1, 2, 3, 10]), (1, [10]), (2, [3, 10]), (9, [1, 2, 3, 10])],
+)
+def test_the_oldest_beyond_the_limit_are_removed(tmp_path: Path, keep: int | None, left: list[int]) -> None:
+    save_steps(tmp_path, 1, 2, 3, 10, keep=keep)
+    assert names(tmp_path) == [f"step-{number:08}" for number in left]
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == names(tmp_path)
+
+
+def test_the_oldest_is_there_until_the_new_one_is_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    transformer, optimizer = save_steps(tmp_path, 1, 2, keep=2)
+    seen = []
+
+    def look_then_remove(path: Path, *arguments: Any, **options: Any) -> None:
+        if Path(path).exists():
+            seen.append(names(tmp_path))
+        remove(path, *arguments, **options)
+
+    remove = shutil.rmtree
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", look_then_remove)
+    save_checkpoint(tmp_path, TrainState(step=3), transformer, optimizer, keep=2)
+    assert seen[-1] == ["step-00000001", "step-00000002", "step-00000003"]
+    assert names(tmp_path) == ["step-00000002", "step-00000003"]
+
+
+@pytest.mark.parametrize("failing", ["write_durably", "save_file", "save_lora"])
+def test_a_full_disk_leaves_older_checkpoints_as_they_were(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
+) -> None:
+    transformer, optimizer = save_steps(tmp_path, 1, 2, keep=2)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+    def fail(*arguments: Any, **options: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, failing, fail)
+        with pytest.raises(OSError, match="No space left"):
+            save_checkpoint(tmp_path, TrainState(step=3), transformer, optimizer, keep=2)
+    assert names(tmp_path) == ["step-00000001", "step-00000002"]
+    assert not list((tmp_path / "checkpoints").glob("step-*3"))
+    assert all(path.read_bytes() == content for path, content in before.items())
+    latest = find_checkpoint(tmp_path, "latest")
+    assert latest is not None and load_checkpoint(latest, *build()).step == 2
+    save_checkpoint(tmp_path, TrainState(step=3), transformer, optimizer, keep=2)
+    assert names(tmp_path) == ["step-00000002", "step-00000003"]
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == names(tmp_path)
+
+
+def test_what_a_killed_run_left_half_written_is_no_checkpoint(tmp_path: Path) -> None:
+    transformer, optimizer = save_steps(tmp_path, 1)
+    whole = tmp_path / "checkpoints/step-00000001"
+    shutil.copytree(whole, tmp_path / "checkpoints/.step-00000002.part")
+    shutil.copytree(whole, tmp_path / "checkpoints/step-00000003", ignore=lambda *_: {"state.json"})
+    assert names(tmp_path) == ["step-00000001"] and find_checkpoint(tmp_path, "latest") == whole
+    steps(transformer, optimizer, range(1, 2))
+    folder = save_checkpoint(tmp_path, TrainState(step=2), transformer, optimizer, None)
+    assert load_checkpoint(folder, *build()).step == 2
+    assert not (tmp_path / "checkpoints/.step-00000002.part").exists()
+
+
+def test_a_step_saved_again_replaces_the_one_of_an_earlier_course(tmp_path: Path) -> None:
+    transformer, optimizer = save_steps(tmp_path, 1, 2)
+    (tmp_path / "checkpoints/step-00000002/left-over").touch()
+    steps(transformer, optimizer, range(5, 7))
+    folder = save_checkpoint(tmp_path, TrainState(step=2), transformer, optimizer, 5)
+    assert not (folder / "left-over").exists()
+    assert_equal(load_file(folder / "trainable.safetensors"), weights(transformer))
+
+
+def test_the_new_checkpoint_of_a_run_resumed_from_an_older_one_survives_its_own_limit(tmp_path: Path) -> None:
+    transformer, optimizer = save_steps(tmp_path, 2, 4, 6)
+    folder = save_checkpoint(tmp_path, TrainState(step=3), transformer, optimizer, keep=2)  # went on from step 2
+    assert folder.is_dir() and folder in list_checkpoints(tmp_path)
+
+
+def test_latest_is_the_newest_of_the_course_that_goes_on_not_of_one_that_was_left(tmp_path: Path) -> None:
+    transformer, optimizer = save_steps(tmp_path, 2, 4, 6)
+    folder = save_checkpoint(tmp_path, TrainState(step=3), transformer, optimizer, keep=None)  # went on from step 2
+    assert find_checkpoint(tmp_path, "latest") == folder
+
+
+def test_a_checkpoint_is_found_as_latest_by_name_and_by_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_steps(tmp_path / "run", 9, 10)
+    first, second = (tmp_path / "run/checkpoints" / name for name in ("step-00000009", "step-00000010"))
+    assert find_checkpoint(tmp_path / "run", "latest") == second
+    assert find_checkpoint(tmp_path / "run", "step-00000009") == first
+    assert find_checkpoint(tmp_path / "run", "checkpoints/step-00000009") == first
+    assert find_checkpoint(tmp_path / "another-run", str(first)) == first
+    monkeypatch.chdir(tmp_path)
+    found = find_checkpoint(tmp_path / "another-run", "run/checkpoints/step-00000009")
+    assert found is not None and found.resolve() == first.resolve()
+
+
+def test_a_checkpoint_that_is_not_there_is_refused_with_those_that_are(tmp_path: Path) -> None:
+    assert find_checkpoint(tmp_path, "latest") is None
+    with pytest.raises(UserError, match=r"step-00000007: no such checkpoint.* has none"):
+        find_checkpoint(tmp_path, "step-00000007")
+    save_steps(tmp_path, 1, 2)
+    with pytest.raises(UserError, match=r"step-00000007: no such checkpoint.* step-00000001, step-00000002 .*latest"):
+        find_checkpoint(tmp_path, "step-00000007")
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize("damage", [cut, Path.unlink, lambda path: path.write_bytes(b"\0" * 64)])
+@pytest.mark.parametrize("name", ["trainable.safetensors", "optimizer.safetensors", "state.json"])
+def test_a_damaged_file_is_a_users_error_naming_the_folder(tmp_path: Path, name: str, damage) -> None:
+    save_steps(tmp_path, 1)
+    (folder,) = list_checkpoints(tmp_path)
+    damage(folder / name)
+    transformer, optimizer = build(seed=3)
+    before = weights(transformer)
+    with pytest.raises(UserError) as caught:
+        load_checkpoint(folder, transformer, optimizer)
+    assert str(folder) in str(caught.value)
+    assert_equal(weights(transformer), before)
+
+
+@pytest.mark.parametrize("content", ["{}", "[]"])
+def test_a_state_without_its_fields_is_a_users_error_naming_the_folder(tmp_path: Path, content: str) -> None:
+    save_steps(tmp_path, 1)
+    (folder,) = list_checkpoints(tmp_path)
+    (folder / "state.json").write_text(content)
+    with pytest.raises(UserError) as caught:
+        load_checkpoint(folder, *build())
+    assert str(folder) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("saved", "loaded", "message"),
+    [
+        (
+            {"target_modules": ("to_q", "to_k")},
+            {"target_modules": ("to_q",)},
+            "other --target_modules.*to_k.*trains it",
+        ),
+        ({"target_modules": ("to_q",)}, {"target_modules": ("to_q", "to_v")}, "--target_modules.*to_v.*not in"),
+        ({"rank": 2}, {"rank": 3}, r"another --rank.*\[2, 32\].*\[3, 32\]"),
+    ],
+)
+def test_a_checkpoint_of_another_adapter_is_refused_and_changes_nothing(
+    tmp_path: Path, saved: dict[str, Any], loaded: dict[str, Any], message: str
+) -> None:
+    transformer, optimizer = build(**saved)
+    steps(transformer, optimizer, range(1))
+    folder = save_checkpoint(tmp_path, TrainState(step=1), transformer, optimizer, None)
+    other_transformer, other_optimizer = build(seed=3, **loaded)
+    before = weights(other_transformer)
+    with pytest.raises(UserError, match=message) as caught:
+        load_checkpoint(folder, other_transformer, other_optimizer)
+    assert str(folder) in str(caught.value)
+    assert_equal(weights(other_transformer), before)
