@@ -284,7 +284,11 @@ def _encode_clips(
     stop: StopRequest,
 ) -> int:
     """Encode what the set does not have yet, and say how much that was."""
-    missing = [excerpt for excerpt in excerpts if not prepared.has(excerpt.entry.files["latents"])]
+    missing: dict[str, list[Excerpt]] = {}  # by file: a clip that is listed twice or copied is encoded once
+    for excerpt in excerpts:
+        file = excerpt.entry.files["latents"]
+        if not prepared.has(file):
+            missing.setdefault(file, []).append(excerpt)
     if not missing:
         return 0
     encoder = VideoEncoder.load(
@@ -296,14 +300,19 @@ def _encode_clips(
     )
     encoded = 0
     for excerpt, pixels in progress_bar(
-        _decode_ahead(missing, data.video_reshape_mode), "Encoding clips", "clip", len(missing)
+        _decode_ahead([same[0] for same in missing.values()], data.video_reshape_mode),
+        "Encoding clips",
+        "clip",
+        len(missing),
     ):
+        file = excerpt.entry.files["latents"]
         try:
             mean, logvar = encoder.encode(pixels.result())
         except (VideoError, OSError) as error:
-            _skip(excerpt.clip, str(error), skipped, data.strict)
+            for same in missing[file]:
+                _skip(same.clip, str(error), skipped, data.strict)
             continue
-        prepared.write_tensors(excerpt.entry.files["latents"], {"mean": mean, "logvar": logvar})
+        prepared.write_tensors(file, {"mean": mean, "logvar": logvar})
         encoded += 1
         stop.check("stopped while encoding clips, all that are done are kept; start again to go on")
     del encoder
