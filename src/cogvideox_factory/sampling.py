@@ -19,7 +19,7 @@ from PIL import Image
 from cogvideox_factory.config import ModelOptions, Sample, SamplingOptions, UserError, read_config
 from cogvideox_factory.data.store import write_durably
 from cogvideox_factory.data.video import write_video
-from cogvideox_factory.model.adapters import LORA_FILE, find_lora
+from cogvideox_factory.model.adapters import LORA_FILE, check_lora_fits, find_lora
 from cogvideox_factory.model.encoders import load_vae, spare_memory
 from cogvideox_factory.model.family import Checkpoint, open_checkpoint, refuse_image_to_video
 
@@ -42,10 +42,12 @@ def pipeline_from_disk(checkpoint: Checkpoint, lora: Path | None, dtype: torch.d
     pipeline = CogVideoXPipeline.from_pretrained(checkpoint.folder, variant=checkpoint.variant, dtype=dtype)
     if lora is not None:
         file = find_lora(lora)
+        check_lora_fits(file, pipeline.transformer, checkpoint.name)
         try:
             pipeline.load_lora_weights(file.parent, weight_name=file.name)
         except (ValueError, RuntimeError, OSError, KeyError) as error:
-            raise UserError(f"--lora {lora}: does not fit {checkpoint.name}: {error}") from error
+            reason = " ".join(str(error).split())
+            raise UserError(f"--lora {lora}: does not fit {checkpoint.name}: {reason}") from error
     return pipeline
 
 
@@ -152,7 +154,12 @@ def run(options: Sample) -> dict[str, Any]:
     assert options.prompt is not None and options.output is not None
     if options.output.suffix.lower() not in ("", ".mp4"):
         raise UserError(f"--output {options.output}: give a file that ends in .mp4, or a folder for PNG frames")
+    if options.run and not (options.run / "config.yaml").is_file():
+        raise UserError(f"--run {options.run}: holds no run (no config.yaml); give a folder that `train` wrote")
     settings = read_config(options.run / "config.yaml") if options.run else {}
+    lora = _lora_of(options)
+    if lora is not None:
+        find_lora(lora)  # before a model is downloaded
     model = options.model
     if model.pretrained_model_name_or_path is None:
         if not settings:
@@ -168,7 +175,6 @@ def run(options: Sample) -> dict[str, Any]:
         settings.get("width") or width,
     )
     sampling = resolve_sampling(options.sampling, size, checkpoint.size_divisor)
-    lora = _lora_of(options)
     pipeline = pipeline_from_disk(checkpoint, lora, checkpoint.dtype_for(options.dtype, device))
     place(pipeline, checkpoint, sampling, device)
     video = generate(

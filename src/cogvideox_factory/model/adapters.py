@@ -11,6 +11,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from cogvideox_factory.config import LoraOptions, UserError, nearest
 
@@ -69,6 +70,32 @@ def find_lora(path: Path) -> Path:
     if not file.is_file():
         raise UserError(f"{path}: no LoRA there ({LORA_FILE} in a folder, or a .safetensors file)")
     return file
+
+
+def check_lora_fits(file: Path, transformer, model_name: str) -> None:
+    """Raises UserError where a LoRA file belongs to another model.
+
+    diffusers leaves out in silence what has no place in the model, and then the LoRA does nothing, or half of it.
+    """
+    try:
+        with safe_open(file, "pt") as tensors:
+            shapes = {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"--lora {file}: cannot be read as a safetensors file ({error})") from error
+    layers = {f"transformer.{name}": module for name, module in transformer.named_modules()}
+    for name, shape in shapes.items():
+        layer, _, part = name.partition(".lora_")
+        if part not in ("A.weight", "B.weight"):
+            if not part:
+                raise UserError(f"--lora {file}: is no LoRA: it holds {name}")
+            continue  # biases and what other tools add: diffusers decides
+        weight = getattr(layers.get(layer), "weight", None)
+        size = None if weight is None else weight.shape[1 if part.startswith("A") else 0]
+        if size != shape[1 if part.startswith("A") else 0]:
+            raise UserError(
+                f"--lora {file}: does not fit {model_name}: {name} is {shape}, "
+                + ("and the model has no such layer" if weight is None else f"and the layer is {list(weight.shape)}")
+            )
 
 
 def _check_targets(transformer, targets: tuple[str, ...]) -> None:
