@@ -9,7 +9,7 @@ demo: install
 	$(BIN)/cogvideox-factory demo --output_dir runs/demo
 
 test: install
-	$(BIN)/python -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow

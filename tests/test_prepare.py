@@ -162,14 +162,18 @@ def assert_close(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor])
 
 
 def test_latents_at_the_checkpoints_own_size_equal_those_of_stock_diffusers(
-    prepared_folder: Path, entries: list[Entry], clips: Path, stock: CogVideoXPipeline
+    run: Run, folder: Path, tmp_path: Path, stock: CogVideoXPipeline
 ) -> None:
+    write_lists(folder, {"a.mp4": "one", "c.mp4": "two"})
+    assert run(folder, tmp_path / "set", size=())[0] == 0
+    entries = PreparedSet(tmp_path / "set").read_index()
+    assert [entry.source for entry in entries] == ["a.mp4", "c.mp4"]
     different = []
-    for entry in entries[:2]:
-        images = decoded(clips / entry.source, list(range(17)), (64, 96), (64, 96))
+    for entry in entries:
+        images = decoded(folder / entry.source, list(range(17)), (64, 96), (64, 96))
         expected = stock_latents(stock, images)
         assert expected["mean"].shape == (8, 5, 8, 12) and expected["mean"].std() > 0.01
-        assert_close(latents_of(prepared_folder, entry), expected)
+        assert_close(latents_of(tmp_path / "set", entry), expected)
         different.append(expected["mean"])
     assert (different[0] - different[1]).abs().max() > 1e-2  # so that one clip cannot stand for another
 
@@ -198,10 +202,14 @@ def test_cropped_resampled_and_shortened_clips_equal_those_of_stock_diffusers(
 
 
 def test_prompt_embeddings_equal_those_of_the_stock_pipeline_bit_for_bit(
-    prepared: PreparedSet, entries: list[Entry], stock: CogVideoXPipeline
+    run: Run, folder: Path, tmp_path: Path, stock: CogVideoXPipeline
 ) -> None:
-    files = {entry.caption: entry.files["prompt"] for entry in entries[:3]}
-    assert len(set(files.values())) == 3
+    captions = {"a.mp4": "a red square moving left", "b.mp4": "A cat, 2.5 m long!", "c.mp4": "红色"}
+    write_lists(folder, captions)
+    assert run(folder, tmp_path / "set")[0] == 0
+    prepared = PreparedSet(tmp_path / "set")
+    files = {entry.caption: entry.files["prompt"] for entry in prepared.read_index()}
+    assert list(files) == list(captions.values()) and len(set(files.values())) == 3
     for prompt, file in {**files, "": prepared.read_settings()["empty_prompt"]}.items():
         with torch.no_grad():
             expected = stock.encode_prompt(prompt, do_classifier_free_guidance=False)[0][0]

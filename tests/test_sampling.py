@@ -511,7 +511,7 @@ def test_one_seed_gives_one_video_and_leaves_the_global_generator_alone(tiny_mod
         before = torch.get_rng_state()
         videos.append(generate(pipeline, options, 5, prompt=PROMPT, max_sequence_length=226))
         assert torch.equal(torch.get_rng_state(), before)
-    assert np.array_equal(*videos)
+    assert np.array_equal(videos[0], videos[1])
     other = generate(pipeline, options, 6, prompt=PROMPT, max_sequence_length=226)
     assert not np.array_equal(videos[0], other)
 
@@ -645,7 +645,7 @@ def test_the_next_training_step_is_the_same_with_and_without_a_validation(
         grads = [value.grad for value in trainable_parameters(transformer).values()]
         assert all(grad is not None for grad in grads)
         gradients.append(torch.cat([grad.flatten() for grad in grads if grad is not None]))
-    assert torch.equal(*gradients)
+    assert torch.equal(gradients[0], gradients[1])
 
 
 def test_validation_of_what_was_saved_shows_stock_frames_once(
@@ -679,7 +679,7 @@ def test_validation_of_memory_and_of_what_was_saved_are_the_same(
         [frames for path, frames in sorted(shown.items()) if f"step-0000000{step}" in path] for step in (1, 2)
     )
     assert len(first) == len(second) == 2
-    assert all(np.array_equal(*pair) for pair in zip(first, second, strict=True))
+    assert all(np.array_equal(one, other) for one, other in zip(first, second, strict=True))
 
 
 def test_size_of_the_videos_is_the_options_or_else_the_buckets(checkpoint: Checkpoint, tmp_path: Path) -> None:

@@ -99,7 +99,7 @@ def test_adapter_is_the_one_that_peft_makes_of_the_same_settings(
     ours = with_lora(checkpoint, LoraOptions(rank=rank, lora_alpha=alpha, target_modules=("to_k", "ff.net.2")), seed=11)
     theirs = load_transformer(checkpoint, torch.float32)
     torch.manual_seed(11)
-    theirs.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=["to_k", "ff.net.2"]))  # type: ignore[arg-type]
+    theirs.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=["to_k", "ff.net.2"]))
     expected = {name: value for name, value in theirs.named_parameters() if "lora_" in name}
     assert len(expected) == 4 * 2 * 2
     assert set(trainable_parameters(ours)) == set(expected)
@@ -148,7 +148,7 @@ def test_wrong_target_module_is_refused_and_the_layers_are_named(checkpoint: Che
 def test_the_layers_that_the_refusal_names_are_accepted(checkpoint: Checkpoint) -> None:
     with pytest.raises(UserError) as error:
         with_lora(checkpoint, LoraOptions(target_modules=("query",)))
-    names = str(error.value).partition("end in ")[2].split(", ")
+    names = str(error.value).rpartition("end in ")[2].split(", ")
     assert len(names) > 4
     for name in names:
         assert not name.isdigit(), "a bare number says nothing about the layer"
@@ -272,11 +272,16 @@ def test_file_is_flushed_before_it_gets_its_name(
     checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     steps: list[str] = []
-    fsync, replace = os.fsync, os.replace
-    monkeypatch.setattr(os, "fsync", lambda file: (steps.append("flush"), fsync(file))[1])
-    monkeypatch.setattr(os, "replace", lambda *paths: (steps.append("rename"), replace(*paths))[1])
+    for name in ("fsync", "replace"):
+        original = getattr(os, name)
+
+        def spy(*arguments: Any, name: str = name, original: Callable[..., None] = original) -> None:
+            steps.append(name)
+            original(*arguments)
+
+        monkeypatch.setattr(os, name, spy)
     save_lora(with_lora(checkpoint), tmp_path)
-    assert steps[:2] == ["flush", "rename"]
+    assert steps[:2] == ["fsync", "replace"]
 
 
 # --- finding ---

@@ -250,9 +250,9 @@ def test_load_transformer_takes_the_variant(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("scheduler_class", [CogVideoXDDIMScheduler, CogVideoXDPMScheduler])
-def test_load_scheduler_gives_the_checkpoints_class_and_schedule(tmp_path: Path, scheduler_class: type) -> None:
+def test_load_scheduler_gives_the_checkpoints_class_and_schedule(tmp_path: Path, scheduler_class: Any) -> None:
     pipeline = build_tiny_pipeline(num_layers=1)
-    pipeline.scheduler = scheduler_class.from_config({**pipeline.scheduler.config, "snr_shift_scale": 3.0})  # type: ignore[attr-defined]
+    pipeline.scheduler = scheduler_class.from_config({**pipeline.scheduler.config, "snr_shift_scale": 3.0})
     pipeline.save_pretrained(tmp_path)
     loaded = load_scheduler(open_checkpoint(ModelOptions(pretrained_model_name_or_path=str(tmp_path))))
     assert type(loaded) is scheduler_class

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -115,7 +116,12 @@ def test_the_vae_sees_every_pixel_value_rounded_once(
     encoder = VideoEncoder.load(checkpoint, dtype, CPU)
     seen: list[torch.Tensor] = []
     encode = encoder.vae.encode
-    monkeypatch.setattr(encoder.vae, "encode", lambda pixels: (seen.append(pixels.clone()), encode(pixels))[1])
+
+    def spy(pixels: torch.Tensor) -> Any:
+        seen.append(pixels.clone())
+        return encode(pixels)
+
+    monkeypatch.setattr(encoder.vae, "encode", spy)
     values = np.tile(np.arange(256, dtype=np.uint8).reshape(16, 16, 1), (1, 1, 1, 3))
     encoder.encode(values)
     exact = torch.arange(256, dtype=torch.float64).reshape(16, 16) / 127.5 - 1

@@ -137,16 +137,16 @@ def test_numbers_come_from_the_configs_and_none_is_typed_in(tmp_path: Path) -> N
         "max_text_seq_length": 224,
     }
     vae = {
-        "block_out_channels": [8, 16, 16],
+        "block_out_channels": [8, 16],
         "latent_channels": 4,
         "temporal_compression_ratio": 8,
         "scaling_factor": 0.25,
     }
     checkpoint = open_folder(write_configs(tmp_path / "model", transformer, vae))
-    assert checkpoint.spatial_factor == 4
-    assert checkpoint.size_divisor == 16
+    assert checkpoint.spatial_factor == 2
+    assert checkpoint.size_divisor == 8
     assert checkpoint.frame_batch == 16
-    assert checkpoint.native_size == (33, 80, 144)
+    assert checkpoint.native_size == (33, 40, 72)
     assert checkpoint.max_text_tokens == 224
     assert checkpoint.scaling_factor == 0.25
 

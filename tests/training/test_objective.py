@@ -27,7 +27,6 @@ from cogvideox_factory.training.objective import timesteps_from_quantiles, veloc
 
 CPU = torch.device("cpu")
 MODEL_1_5: dict[str, Any] = {"patch_size_t": 2, "patch_bias": False, "sample_height": 20, "sample_width": 24}
-Scheduler = CogVideoXDDIMScheduler | CogVideoXDPMScheduler
 Build = Callable[..., Checkpoint]
 
 
@@ -37,7 +36,7 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
     made: dict[str, Checkpoint] = {}
 
     def get(
-        scheduler_class: type = CogVideoXDDIMScheduler,
+        scheduler_class: Any = CogVideoXDDIMScheduler,
         snr_shift_scale: float = 1.0,
         scaling_factor: float = 0.7,
         **transformer: Any,
@@ -46,7 +45,7 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
         if key not in made:
             pipeline = build_tiny_pipeline(num_layers=2, **transformer)
             config = {**pipeline.scheduler.config, "snr_shift_scale": snr_shift_scale}
-            pipeline.scheduler = scheduler_class.from_config(config)  # type: ignore[attr-defined]
+            pipeline.scheduler = scheduler_class.from_config(config)
             pipeline.vae.register_to_config(scaling_factor=scaling_factor)
             folder = tmp_path_factory.mktemp("model")
             pipeline.save_pretrained(folder)
@@ -87,7 +86,7 @@ def loss_of(checkpoint: Checkpoint, batch: Batch, dtype: torch.dtype = torch.flo
 
 
 @torch.no_grad()
-def reference(folder: Path, scheduler: Scheduler, batch: Batch, timesteps: list[int]) -> torch.Tensor:
+def reference(folder: Path, scheduler: Any, batch: Batch, timesteps: list[int]) -> torch.Tensor:
     """The loss a clip, one clip after the other, with nothing of ours in it."""
     pipeline = CogVideoXPipeline.from_pretrained(folder)
     transformer: CogVideoXTransformer3DModel = pipeline.transformer
@@ -148,11 +147,11 @@ def test_the_ends_of_the_quantiles_are_the_ends_of_the_schedule() -> None:
 @pytest.mark.parametrize("scheduler_class", [CogVideoXDDIMScheduler, CogVideoXDPMScheduler])
 @pytest.mark.parametrize("snr_shift_scale", [1.0, 3.0])
 def test_loss_equals_plain_mean_squared_error_of_the_velocity(
-    build: Build, scheduler_class: type, snr_shift_scale: float
+    build: Build, scheduler_class: Any, snr_shift_scale: float
 ) -> None:
     checkpoint = build(scheduler_class, snr_shift_scale)
     batch = make_batch([0.0, 0.2505, 0.7005, 0.9995])
-    scheduler = scheduler_class.from_pretrained(checkpoint.folder, subfolder="scheduler")  # type: ignore[attr-defined]
+    scheduler = scheduler_class.from_pretrained(checkpoint.folder, subfolder="scheduler")
     assert scheduler.config.snr_shift_scale == snr_shift_scale
     losses = loss_of(checkpoint, batch)
     assert losses.dtype == torch.float32
@@ -273,11 +272,11 @@ def test_a_clips_loss_does_not_depend_on_the_rest_of_its_batch(build: Build) -> 
 
 @pytest.mark.parametrize("scheduler_class", [CogVideoXDDIMScheduler, CogVideoXDPMScheduler])
 def test_noising_and_target_stay_fp32_under_a_bf16_model(
-    build: Build, monkeypatch: pytest.MonkeyPatch, scheduler_class: type
+    build: Build, monkeypatch: pytest.MonkeyPatch, scheduler_class: Any
 ) -> None:
     checkpoint = build(scheduler_class)
     scheduler = load_scheduler(checkpoint)
-    exact = scheduler_class.from_pretrained(checkpoint.folder, subfolder="scheduler")  # type: ignore[attr-defined]
+    exact = scheduler_class.from_pretrained(checkpoint.folder, subfolder="scheduler")
     batch = make_batch([0.0005, 0.4005, 0.9985])
     timesteps = torch.tensor([0, 400, 998])
     seen: dict[str, torch.Tensor] = {}
