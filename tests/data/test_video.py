@@ -227,9 +227,7 @@ rates = st.sampled_from(
 
 
 @settings(deadline=None)
-@given(
-    count=st.integers(1, 300), rate=rates, fps=rates, skip_start=st.integers(0, 40), skip_end=st.integers(0, 40)
-)
+@given(count=st.integers(1, 300), rate=rates, fps=rates, skip_start=st.integers(0, 40), skip_end=st.integers(0, 40))
 def test_sample_times_are_evenly_spaced_and_within_the_frames_that_are_left(
     count: int, rate: Fraction, fps: Fraction, skip_start: int, skip_end: int
 ) -> None:
