@@ -6,7 +6,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
 
 import av
@@ -68,30 +68,25 @@ def test_the_readmes_name_the_same_options_and_files() -> None:
     assert english == chinese
 
 
-def script(
-    name: str, *arguments: str | Path, **variables: str | Path
-) -> Callable[[], subprocess.CompletedProcess[str]]:
+def run_script(name: str, variables: Mapping[str, object], *flags: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, **{key: str(value) for key, value in variables.items()}}
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
-    command = [str(ROOT / name), *map(str, arguments)]
-    return lambda: subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run([str(ROOT / name), *flags], env=environment, capture_output=True, text=True, timeout=300)
 
 
 def test_the_scripts_run_as_they_are_when_their_variables_point_to_small_input(
     tiny_model: Path, clips: Path, tmp_path: Path
 ) -> None:
     sizes = {"FRAMES": "17", "HEIGHTS": "64", "WIDTHS": "96", "MODEL": tiny_model}
-    done = script("prepare_dataset.sh", DATA_ROOT=clips, OUTPUT_DIR=tmp_path / "prepared", **sizes)()
+    prepare = {**sizes, "DATA_ROOT": clips, "OUTPUT_DIR": tmp_path / "prepared"}
+    done = run_script("prepare_dataset.sh", prepare)
     assert done.returncode == 0, done.stderr
-    options = {"STEPS": "2", "LORA_RANK": "4", "INFERENCE_STEPS": "2"}
-    train = script(
-        *("train_text_to_video_lora.sh", "--load_tensors"),
-        **{"DATA_ROOT": tmp_path / "prepared", "OUTPUT_DIR": tmp_path / "run", **sizes, **options},
-    )
-    done = train()
+    train = {**sizes, "DATA_ROOT": tmp_path / "prepared", "OUTPUT_DIR": tmp_path / "run"}
+    train |= {"STEPS": "2", "LORA_RANK": "4", "INFERENCE_STEPS": "2"}
+    done = run_script("train_text_to_video_lora.sh", train, "--load_tensors")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "run/pytorch_lora_weights.safetensors").exists() and (tmp_path / "run/report.html").exists()
-    again = train()
+    again = run_script("train_text_to_video_lora.sh", train, "--load_tensors")
     assert again.returncode == 0 and "finished" in again.stderr
 
 

@@ -87,7 +87,17 @@ def test_a_file_has_reached_the_disk_before_it_gets_its_name(tmp_path: Path, mon
 
 
 def test_hashes_tell_apart_whatever_differs() -> None:
-    different = [("ab", "c"), ("a", "bc"), ("abc",), ("a", "b", "c"), (1,), ("1",), (1.5,), ([1, 2],), (["1", 2],)]
+    different: list[tuple] = [
+        ("ab", "c"),
+        ("a", "bc"),
+        ("abc",),
+        ("a", "b", "c"),
+        (1,),
+        ("1",),
+        (1.5,),
+        ([1, 2],),
+        (["1", 2],),
+    ]
     different += [({"a": 1},), ({"a": 2},), ({"b": 1},), (None,), ("",), (), (["a", "b"],), ("猫",), ("犬",)]
     hashes = [hash_of(*parts) for parts in different]
     assert len(set(hashes)) == len(different)

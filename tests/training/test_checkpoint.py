@@ -116,7 +116,7 @@ def test_saving_changes_nothing_in_memory(tmp_path: Path) -> None:
     for number in range(4):
         for transformer, optimizer in (saved, never_saved):
             steps(transformer, optimizer, range(number, number + 1))
-        save_checkpoint(tmp_path, TrainState(step=number), *saved, keep=1)
+        save_checkpoint(tmp_path, TrainState(step=number), saved[0], saved[1], keep=1)
     assert_equal(weights(saved[0]), weights(never_saved[0]))
     assert_equal(saved[1].state_dict(), never_saved[1].state_dict())
 

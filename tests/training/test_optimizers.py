@@ -55,7 +55,7 @@ def rates_of(options: OptimizerOptions, num_steps: int, count: int | None = None
 
 
 @pytest.mark.parametrize(("name", "reference"), [("adamw", torch.optim.AdamW), ("adam", torch.optim.Adam)])
-def test_steps_equal_torchs_own(name: str, reference: Callable[..., torch.optim.Optimizer]) -> None:
+def test_steps_equal_torchs_own(name: Any, reference: Callable[..., torch.optim.Optimizer]) -> None:
     ours, theirs = make_parameters(), make_parameters()
     options = dataclasses.replace(SETTINGS, optimizer=name)
     optimizer = build_optimizer(ours, options, clips_per_step=4)
@@ -83,9 +83,10 @@ def test_every_setting_counts(name: str, value: float) -> None:
 
 def test_adam_and_adamw_decay_differently() -> None:
     results = []
-    for name in ("adam", "adamw"):
+    names: tuple[Any, ...] = ("adam", "adamw")
+    for name in names:
         parameters = make_parameters()
-        options = dataclasses.replace(SETTINGS, optimizer=name)  # type: ignore[arg-type]
+        options = dataclasses.replace(SETTINGS, optimizer=name)
         take_steps(build_optimizer(parameters, options, 1), parameters, 4)
         results.append(parameters[0])
     assert not torch.allclose(results[0], results[1], rtol=1e-4)
@@ -122,7 +123,7 @@ def test_every_schedule_of_the_option_is_tested_here() -> None:
 
 @pytest.mark.parametrize("warmup", [0, 4])
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_schedule_equals_that_of_diffusers(name: str, warmup: int) -> None:
+def test_schedule_equals_that_of_diffusers(name: Any, warmup: int) -> None:
     options = dataclasses.replace(SETTINGS, lr_scheduler=name, lr_warmup_steps=warmup, lr_num_cycles=3, lr_power=2.0)
     their_name = "constant_with_warmup" if (name, warmup) == ("constant", 4) else name
     optimizer = torch.optim.AdamW(make_parameters(), lr=3e-2)
