@@ -107,6 +107,10 @@ def test_a_recipe_may_hold_options_of_other_commands(tmp_path: Path) -> None:
         (("--frame_buckets", "49", "1"), "--frame_buckets 1: must be 8 or more"),
         (("--max_train_steps", "-3"), "--max_train_steps -3"),
         (("--fps", "0"), "--fps 0.0"),
+        (("--fps", "inf"), "--fps inf"),
+        (("--seed", "99999999999999999999999"), "--seed"),
+        (("--validation_prompt_separator", ""), "--validation_prompt_separator : must not be empty"),
+        (("--num_inference_steps", "2000"), "--num_inference_steps 2000: must be from 1 to 1000"),
     ],
 )
 def test_values_out_of_range_are_refused(flags: tuple[str, ...], message: str) -> None:
@@ -155,3 +159,8 @@ def test_every_option_is_explained(name: str, capsys: pytest.CaptureFixture[str]
 def test_sample_defaults_need_no_model_when_a_run_is_given() -> None:
     options = parse_command(Sample, "sample", ["--run", "r", "--prompt", "p", "--output", "x.mp4"])
     assert options.run == Path("r") and options.model.pretrained_model_name_or_path is None
+
+
+def test_a_bare_no_in_yaml_is_a_text_where_the_option_is_one(tmp_path: Path) -> None:
+    options = parse("--config", yaml_file(tmp_path, "mixed_precision: no\nvalidation_prompt: yes"))
+    assert options.training.mixed_precision == "no" and options.validation.validation_prompt == "yes"

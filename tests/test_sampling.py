@@ -556,7 +556,7 @@ VALIDATE = ("--validation_prompt", f"{PROMPT} ::: a blue circle:::", "--seed", "
 
 
 def make_validation(run: Path, checkpoint: Checkpoint, *flags: str) -> Validation:
-    return Validation(run, train_options(checkpoint, *VALIDATE, *flags), checkpoint, Bucket(9, 32, 48))
+    return Validation(run, train_options(checkpoint, *VALIDATE, *flags), checkpoint, Bucket(9, 32, 48), StopRequest())
 
 
 @pytest.fixture
@@ -589,7 +589,7 @@ def test_validation_in_memory_leaves_the_model_as_it_was_and_shows_stock_frames(
     transformer.train(is_training)
     scheduler = load_scheduler(checkpoint)
     validator = make_validation(tmp_path, checkpoint, "--num_validation_videos", "2")
-    validator.encode_prompts(CPU, StopRequest())
+    validator.encode_prompts(CPU)
     parameters = {name: (value, value.clone(), value.requires_grad) for name, value in transformer.named_parameters()}
     forward, random_state = transformer.forward, torch.get_rng_state()
     schedule = dict(vars(scheduler))
@@ -632,7 +632,7 @@ def test_the_next_training_step_is_the_same_with_and_without_a_validation(
         transformer = with_lora(checkpoint, 1).train()
         if validates:
             validator = make_validation(tmp_path, checkpoint)
-            validator.encode_prompts(CPU, StopRequest())
+            validator.encode_prompts(CPU)
             validator.run_in_memory(1, transformer, load_scheduler(checkpoint), torch.float32, CPU)
         generator = torch.Generator().manual_seed(0)
         output = transformer(
@@ -672,7 +672,7 @@ def test_validation_of_memory_and_of_what_was_saved_are_the_same(
     transformer = with_lora(checkpoint, 4)
     save_lora(transformer, tmp_path)
     validator = make_validation(tmp_path, checkpoint, "--max_sequence_length", "12", "--guidance_scale", "3")
-    validator.encode_prompts(CPU, StopRequest())
+    validator.encode_prompts(CPU)
     validator.run_in_memory(1, transformer, load_scheduler(checkpoint), torch.float32, CPU)
     validator.run_from_saved(2, CPU)
     first, second = (
@@ -701,7 +701,7 @@ def test_prompts_are_split_trimmed_and_given_seeds(checkpoint: Checkpoint, tmp_p
 
 
 def test_prompts_are_encoded_once(checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    make_validation(tmp_path, checkpoint).encode_prompts(CPU, StopRequest())
+    make_validation(tmp_path, checkpoint).encode_prompts(CPU)
     files = sorted((tmp_path / "prepared" / "prompts").iterdir())
     assert len(files) == 3  # two prompts and the empty one
 
@@ -709,7 +709,7 @@ def test_prompts_are_encoded_once(checkpoint: Checkpoint, tmp_path: Path, monkey
         raise AssertionError("loaded the text encoder again")
 
     monkeypatch.setattr(CogVideoXPipeline, "from_pretrained", load)
-    make_validation(tmp_path, checkpoint).encode_prompts(CPU, StopRequest())
+    make_validation(tmp_path, checkpoint).encode_prompts(CPU)
     assert sorted((tmp_path / "prepared" / "prompts").iterdir()) == files
 
 
@@ -718,7 +718,7 @@ def test_list_of_videos_is_written_after_all_of_them(
 ) -> None:
     """Its presence says that the validation is complete: one that was cut short is repeated."""
     validator = make_validation(tmp_path, checkpoint)
-    validator.encode_prompts(CPU, StopRequest())
+    validator.encode_prompts(CPU)
     transformer = with_lora(checkpoint, 1)
     made: list[int] = []
 
@@ -763,6 +763,8 @@ def test_validation_is_due_at_the_start_and_after_so_many_steps_or_epochs(
     expected |= every_epochs == 2 and epoch in (1, 3)  # epochs count from 0: these complete the 2nd and the 4th
     assert validator.is_due(step, epoch) is expected
     write_video_list(validator.folder(step), [])
+    assert validator.is_due(step, epoch) is expected  # of other prompts
+    write_video_list(validator.folder(step), validator.videos)
     assert validator.is_due(step, epoch) is False  # it is there already
 
 
@@ -772,9 +774,19 @@ def test_without_a_prompt_no_validation_is_ever_due(
     monkeypatch.setattr(sampling, "pipeline_from_disk", None)
     for prompt in ((), ("--validation_prompt", " ::: ")):
         options = train_options(checkpoint, "--validation_steps", "1", "--validation_epochs", "1", *prompt)
-        validator = Validation(tmp_path, options, checkpoint, Bucket(9, 32, 48))
+        validator = Validation(tmp_path, options, checkpoint, Bucket(9, 32, 48), StopRequest())
         assert validator.videos == []
         assert not any(validator.is_due(step, epoch) for step in (0, 1, 2) for epoch in (None, 0, 1))
-        validator.encode_prompts(CPU, StopRequest())
+        validator.encode_prompts(CPU)
         assert validator.run_from_saved(5, CPU) is False
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("frames", [9, 16, 17, 48, 49, 80, 81])
+def test_numbers_of_frames_that_the_vae_decodes_to_are_accepted(frames: int) -> None:
+    assert resolve_sampling(SamplingOptions(num_frames=frames), (17, 64, 96), 16).num_frames == frames
+
+
+def test_a_number_of_frames_that_would_give_another_is_refused_with_that_other() -> None:
+    with pytest.raises(UserError, match=r"--num_frames 10: .* take 9"):
+        resolve_sampling(SamplingOptions(num_frames=10), (17, 64, 96), 16)

@@ -8,6 +8,7 @@ A clip becomes latents once; a batch of latents becomes a loss. The map, in the 
     data/video.py       decode at a frame rate, crop and resize; write mp4
     data/store.py       the prepared set on disk
     data/loader.py      prepared clips → Batch
+    model/device.py     the device that works
     model/family.py     what a checkpoint is, read from its own config files
     model/encoders.py   text → embeddings, pixels → raw latents
     model/denoiser.py   one forward pass for the whole family
@@ -16,6 +17,8 @@ A clip becomes latents once; a batch of latents becomes a loss. The map, in the 
     sampling.py         videos from a pipeline in memory
     training/           objective, optimizers, checkpoint, metrics, and the loop that one reads top-down
     report.py           run folder → report.html
+    run_folder.py       where a run keeps its checkpoints and videos
+    progress.py         progress bars
     stopping.py         Ctrl-C and SIGTERM as a request to finish the step and save
     demo/               a tiny model and rendered clips
     cli.py              the commands

@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import inspect
+import math
 import sys
 import types
 import typing
@@ -45,7 +46,7 @@ class AtLeast:
     minimum: float
 
     def complaint(self, value: float) -> str | None:
-        return None if value >= self.minimum else f"must be {self.minimum:g} or more"
+        return None if self.minimum <= value < math.inf else f"must be {self.minimum:g} or more"
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class MoreThan:
     bound: float
 
     def complaint(self, value: float) -> str | None:
-        return None if value > self.bound else f"must be more than {self.bound:g}"
+        return None if self.bound < value < math.inf else f"must be more than {self.bound:g} and finite"
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,14 @@ class Within:
         if self.low <= value < self.high or (self.includes_high and value == self.high):
             return None
         return f"must be from {self.low:g} to {'' if self.includes_high else 'below '}{self.high:g}"
+
+
+@dataclass(frozen=True)
+class NotEmpty:
+    """Check of a text."""
+
+    def complaint(self, value: str) -> str | None:
+        return None if value else "must not be empty"
 
 
 # Optional values are spelled by what one types, not as "{None}|STR".
@@ -263,7 +272,7 @@ class SamplingOptions:
     """Width of the video in pixels. Default: what the model was trained on."""
     num_frames: Count = None
     """Frames of the video. Default: what the model was trained on."""
-    num_inference_steps: Annotated[int, AtLeast(1)] = 50
+    num_inference_steps: Annotated[int, Within(1, 1000)] = 50
     """Denoising steps."""
     guidance_scale: Annotated[float, AtLeast(0)] = 6.0
     """Weight of classifier-free guidance; 1 turns it off."""
@@ -283,7 +292,7 @@ class ValidationOptions:
 
     validation_prompt: Text = None
     """Prompts to make videos of, split by the separator. Without a prompt there is no validation."""
-    validation_prompt_separator: str = ":::"
+    validation_prompt_separator: Annotated[str, NotEmpty()] = ":::"
     """What stands between two validation prompts."""
     num_validation_videos: Annotated[int, AtLeast(1)] = 1
     """Videos a prompt, each from its own noise."""
@@ -302,7 +311,7 @@ class Demo:
 
     output_dir: Path = Path("runs/demo")
     """Folder for everything that the demo makes. It is emptied first if an earlier demo wrote it."""
-    seed: int = 42
+    seed: Annotated[int, Within(0, 2**63 - 1)] = 42
     """Seed of the clips, the tiny model and the training."""
 
 
@@ -343,7 +352,7 @@ class Train:
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
     output_dir: PathOption = None
     """Folder of the run."""
-    seed: int = 42
+    seed: Annotated[int, Within(0, 2**63 - 1)] = 42
     """Seed of the adapter's first weights, of the order of the clips, and of all noise."""
 
     required = ("pretrained_model_name_or_path", "data_root", "output_dir")
@@ -374,7 +383,7 @@ class Sample:
     """Frames a second of the mp4. Default: the run's, or the checkpoint's."""
     dtype: Precision = None
     """Precision of the model. Default: the checkpoint's own on a GPU, fp32 on a CPU."""
-    seed: int = 42
+    seed: Annotated[int, Within(0, 2**63 - 1)] = 42
     """Seed of the first noise."""
     json: bool = False
     """Print one JSON object on standard output, for programs."""
@@ -534,6 +543,8 @@ def _flags_from_yaml(path: Path, command_class: type) -> list[str]:
             raise UserError(f"{path}: unknown option {name}{nearest(str(name), sorted(known))}")
         if name not in own or value is None:  # a recipe serves several commands
             continue
+        if isinstance(value, bool) and not isinstance(own[name], bool):
+            value = "yes" if value else "no"  # YAML takes a bare yes or no for a truth value
         if isinstance(value, bool):
             flags.append(f"--{name}" if value else f"--no_{name}")
         elif isinstance(value, list):

@@ -6,13 +6,11 @@ decodes the next (PyAV lets go of the interpreter lock while it works).
 
 from __future__ import annotations
 
-import gc
+import collections
 import logging
-import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,8 +19,9 @@ import torch
 from cogvideox_factory.config import DataOptions, EncodingOptions, Prepare, UserError
 from cogvideox_factory.data.buckets import Bucket, all_buckets, choose_bucket
 from cogvideox_factory.data.clips import Clip, read_clips
-from cogvideox_factory.data.store import Entry, PreparedSet, hash_of, hash_of_file
+from cogvideox_factory.data.store import Entry, PreparedSet, hash_of, hash_of_file, make_output_folder
 from cogvideox_factory.data.video import Timeline, VideoError, read_frames, read_timeline
+from cogvideox_factory.model.device import default_device, free_memory
 from cogvideox_factory.model.encoders import TextEncoder, VideoEncoder
 from cogvideox_factory.model.family import Checkpoint, open_checkpoint, refuse_image_to_video
 from cogvideox_factory.progress import progress_bar
@@ -57,24 +56,6 @@ def run(options: Prepare) -> None:
     with stop_requests() as stop:
         prepared = PreparedSet(options.output_dir)
         prepare(checkpoint, data, options.encoding, prepared, default_device(), stop)
-
-
-def make_output_folder(folder: Path) -> None:
-    """Raises UserError where the folder cannot be made or written to."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".write-test-{os.getpid()}"
-        probe.write_bytes(b"")
-        probe.unlink()
-    except OSError as error:
-        raise UserError(
-            f"--output_dir {folder}: cannot be written to ({error.strerror or error}); choose another folder"
-        ) from error
-
-
-def default_device() -> torch.device:
-    """The GPU where there is one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def prepare(
@@ -176,8 +157,10 @@ def check_text_length(checkpoint: Checkpoint, encoding: EncodingOptions) -> None
 def check_prepared(checkpoint: Checkpoint, prepared: PreparedSet) -> dict[str, Any]:
     """Settings of a prepared set that fits the checkpoint. Raises UserError where it was made with other encoders."""
     settings = prepared.read_settings()
-    for component in ("vae", "text_encoder"):
-        if settings[component] != checkpoint.fingerprint(component):
+    if settings.get("format") != FORMAT:
+        raise UserError(f"{prepared.folder} was prepared by another version of this program; run `prepare` again")
+    for component in ("vae", "text_encoder", "tokenizer"):
+        if settings.get(component) != checkpoint.fingerprint(component):
             raise UserError(
                 f"{prepared.folder} was prepared with another {component} than that of {checkpoint.name}; run "
                 "`prepare` again with this model"
@@ -206,13 +189,6 @@ def encode_prompts(
         del encoder
         free_memory()
     return files
-
-
-def free_memory() -> None:
-    """Give memory of dropped models back before the next one is loaded."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def _identity(checkpoint: Checkpoint, encoding: EncodingOptions, device: torch.device) -> dict[str, Any]:
@@ -250,6 +226,8 @@ def _choose_excerpts(
     assert data.fps is not None
     buckets = all_buckets(data.frame_buckets, data.height_buckets, data.width_buckets)
     shortest = min(bucket.frames for bucket in buckets)
+    slow: list[str] = []
+    seen: collections.Counter[str] = collections.Counter()
     for clip in progress_bar(clips, "Reading clips", "clip"):
         stop.check("stopped while reading clips; start again to go on")
         try:
@@ -269,8 +247,18 @@ def _choose_excerpts(
             _skip(clip, str(error), skipped, data.strict)
             continue
         files = {"latents": latents, "prompt": _prompt_file(clip.caption, identity)}
-        key = hash_of(sorted(files.items()))
+        if len(timeline.times) > 1 and float(np.median(np.diff(timeline.times))) > 1.5 / data.fps:
+            slow.append(clip.source)
+        key = hash_of(sorted(files.items()), *([repeats] if (repeats := seen[latents + clip.caption]) else []))
+        seen[latents + clip.caption] += 1  # a clip that is listed again, to weigh more, has its own random numbers
         yield Excerpt(clip, timeline, times, bucket, Entry(clip.source, clip.caption, bucket, files, key))
+    if slow:
+        logger.warning(
+            "%d clips have fewer frames a second than --fps %g, so frames are repeated; the first: %s",
+            len(slow),
+            data.fps,
+            slow[0],
+        )
 
 
 def _encode_clips(

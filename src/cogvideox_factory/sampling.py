@@ -16,12 +16,14 @@ import numpy as np
 import torch
 from PIL import Image
 
-from cogvideox_factory.config import ModelOptions, Sample, SamplingOptions, UserError, read_config
-from cogvideox_factory.data.store import write_durably
+from cogvideox_factory.config import ModelOptions, RunError, Sample, SamplingOptions, UserError, read_config
+from cogvideox_factory.data.store import make_output_folder, write_durably
 from cogvideox_factory.data.video import write_video
 from cogvideox_factory.model.adapters import LORA_FILE, check_lora_fits, find_lora
-from cogvideox_factory.model.encoders import load_vae, spare_memory
+from cogvideox_factory.model.device import default_device
+from cogvideox_factory.model.encoders import load_vae, spare_memory, tell_if_cut
 from cogvideox_factory.model.family import Checkpoint, open_checkpoint, refuse_image_to_video
+from cogvideox_factory.run_folder import checkpoint_folder, step_folders, step_of
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +95,7 @@ def generate(
     `options` has its size and number of frames resolved. The noise comes from a CPU generator of this seed, so that
     it is the same on every device.
     """
-    frames = pipeline(
+    images = pipeline(
         prompt=prompt,
         prompt_embeds=prompt_embeds,
         negative_prompt_embeds=negative_prompt_embeds,
@@ -107,7 +109,9 @@ def generate(
         output_type="np",
         max_sequence_length=max_sequence_length,
     ).frames[0]
-    return (frames * 255).round().astype(np.uint8)
+    if not np.isfinite(images).all():
+        raise RunError("the model gave no numbers (NaN): the LoRA may be broken, or the precision too low")
+    return (images * 255).round().astype(np.uint8)
 
 
 def write_frames(frames: np.ndarray, output: Path, fps: float) -> None:
@@ -126,10 +130,13 @@ def write_video_list(folder: Path, videos: Sequence[Video]) -> None:
     write_durably(folder / "prompts.json", content.encode())
 
 
-def resolve_sampling(options: SamplingOptions, size: tuple[int, int, int], divisor: int) -> SamplingOptions:
+def resolve_sampling(
+    options: SamplingOptions, size: tuple[int, int, int], divisor: int, temporal_factor: int = 4
+) -> SamplingOptions:
     """Options with frames, height and width filled in from `size` where the user gave none.
 
-    Raises UserError for a size that is no multiple of the model's divisor.
+    `temporal_factor` counts the frames in one latent. Raises UserError for a size that is no multiple of the model's
+    divisor, and for a number of frames that the VAE does not decode to.
     """
     frames, height, width = size
     resolved = replace(
@@ -138,6 +145,11 @@ def resolve_sampling(options: SamplingOptions, size: tuple[int, int, int], divis
         height=options.height or height,
         width=options.width or width,
     )
+    assert resolved.num_frames is not None
+    latents = (resolved.num_frames - 1) // temporal_factor + 1
+    made = latents * temporal_factor if latents % 2 == 0 else (latents - 1) * temporal_factor + 1
+    if made != resolved.num_frames:
+        raise UserError(f"--num_frames {resolved.num_frames}: the VAE gives {made} frames or the next; take {made}")
     for flag, value in (("height", resolved.height), ("width", resolved.width)):
         assert value is not None
         if value % divisor:
@@ -167,22 +179,25 @@ def run(options: Sample) -> dict[str, Any]:
         model = ModelOptions(**{name: settings[name] for name in asdict(model) if settings.get(name) is not None})
     checkpoint = open_checkpoint(model)
     refuse_image_to_video(checkpoint)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device()
     frames, height, width = checkpoint.native_size
     size = (
         settings.get("num_frames") or frames,
         settings.get("height") or height,
         settings.get("width") or width,
     )
-    sampling = resolve_sampling(options.sampling, size, checkpoint.size_divisor)
+    sampling = resolve_sampling(options.sampling, size, checkpoint.size_divisor, checkpoint.temporal_factor)
+    make_output_folder(options.output.parent, "--output")
+    max_tokens = settings.get("max_sequence_length") or checkpoint.max_text_tokens
     pipeline = pipeline_from_disk(checkpoint, lora, checkpoint.dtype_for(options.dtype, device))
+    tell_if_cut(pipeline.tokenizer, options.prompt, max_tokens)
     place(pipeline, checkpoint, sampling, device)
     video = generate(
         pipeline,
         sampling,
         options.seed,
         prompt=options.prompt,
-        max_sequence_length=settings.get("max_sequence_length") or checkpoint.max_text_tokens,
+        max_sequence_length=max_tokens,
     )
     fps = options.fps or settings.get("fps") or checkpoint.native_fps
     write_frames(video, options.output, fps)
@@ -210,7 +225,8 @@ def _lora_of(options: Sample) -> Path | None:
         raise UserError("--run and --lora: give one of them")
     if options.step == 0:
         return None
-    steps = sorted(int(path.name[5:]) for path in (options.run / "checkpoints").glob("step-*"))
+    folders = step_folders(options.run / "checkpoints")
+    steps = [step_of(folder) for folder in folders if (folder / LORA_FILE).is_file()]
     present = f"it has {', '.join(map(str, steps)) or 'none'}"
     if options.step is None:
         if not (options.run / LORA_FILE).is_file():
@@ -220,4 +236,4 @@ def _lora_of(options: Sample) -> Path | None:
         return options.run
     if options.step not in steps:
         raise UserError(f"--step {options.step}: the run has no such checkpoint; {present}")
-    return options.run / "checkpoints" / f"step-{options.step:08}"
+    return checkpoint_folder(options.run, options.step)

@@ -306,3 +306,84 @@ def test_the_frozen_base_is_what_it_was(train, tmp_path: Path, monkeypatch, tiny
     base = CogVideoXTransformer3DModel.from_pretrained(tiny_model, subfolder="transformer").state_dict()
     trained = {name.replace(".base_layer", ""): value for name, value in models[0].state_dict().items()}
     assert all(torch.equal(trained[name], value) for name, value in base.items())
+
+
+def test_a_finished_run_keeps_its_lora_and_config_when_started_with_other_settings(train, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert train(run, "--max_train_steps", "2")[0] == 0
+    before = [(run / name).read_bytes() for name in (LORA, "config.yaml", "memory.json")]
+    again = ("--max_train_steps", "2", "--resume_from_checkpoint", "latest")
+    code, messages = train(run, *again, "--lora_alpha", "1000")
+    assert code == 2 and "--lora_alpha: 8.0 there, 1000.0 here" in messages
+    assert train(run, *again, "--learning_rate", "0.5")[0] == 0
+    assert [(run / name).read_bytes() for name in (LORA, "config.yaml", "memory.json")] == before
+
+
+def test_a_checkpoint_of_another_base_model_is_refused(cli: Cli, train, tiny_model: Path, tmp_path: Path) -> None:
+    import shutil
+
+    from safetensors.torch import save_file
+
+    assert train(tmp_path / "run", "--max_train_steps", "1")[0] == 0
+    other = shutil.copytree(tiny_model, tmp_path / "other")
+    weights = other / "transformer/diffusion_pytorch_model.safetensors"
+    save_file({name: value * 1.5 for name, value in load_file(weights).items()}, weights, metadata={"format": "pt"})
+    flags = ("--max_train_steps", "2", "--resume_from_checkpoint", "latest", "--pretrained_model_name_or_path", other)
+    code, messages = train(tmp_path / "run", *flags)
+    assert code == 2 and "another base model" in messages
+
+
+def test_a_learning_rate_changed_on_resume_takes_effect_and_is_told(train, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert train(run, "--max_train_steps", "2")[0] == 0
+    flags = ("--max_train_steps", "4", "--resume_from_checkpoint", "latest", "--learning_rate", "3e-3")
+    code, messages = train(run, *flags)
+    assert code == 0 and "another --learning_rate" in messages
+    assert [line["lr"] for line in read_metrics(run / "metrics.jsonl")] == [1e-2, 1e-2, 3e-3, 3e-3]
+
+
+def test_a_loss_that_is_no_number_ends_the_run_and_names_the_last_good_state(train, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    flags = ("--max_train_steps", "9", "--checkpointing_steps", "1", "--learning_rate", "1e30", "--max_grad_norm", "0")
+    code, messages = train(run, *flags)
+    assert code == 1 and "Traceback" not in messages and "the last good state is the checkpoint of step" in messages
+    assert not (run / LORA).exists()
+    json.loads("[" + ",".join((run / "metrics.jsonl").read_text().splitlines()) + "]", parse_constant=pytest.fail)
+
+
+def test_going_back_sets_the_later_course_aside(train, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    flags = ["--checkpointing_steps", "2", "--validation_prompt", "a", "--validation_steps", "2"]
+    flags += ["--num_inference_steps", "1"]
+    assert train(run, "--max_train_steps", "6", *flags)[0] == 0
+    code, messages = train(run, "--max_train_steps", "3", *flags, "--resume_from_checkpoint", "step-00000002")
+    assert code == 0, messages
+    assert [path.name for path in list_checkpoints(run)] == ["step-00000002", "step-00000003"]
+    videos = sorted(path.name for path in (run / "validation").iterdir())
+    assert videos == ["left-step-00000004", "left-step-00000006", *(f"step-{step:08}" for step in (0, 2, 3))]
+
+
+def test_options_that_only_preparing_knows_are_told_to_be_without_effect(train, tmp_path: Path) -> None:
+    code, messages = train(tmp_path / "run", "--max_train_steps", "1", "--id_token", "TOKEN", "--use_tiling")
+    assert code == 0 and "--id_token --use_tiling: without effect" in messages
+    assert yaml.safe_load((tmp_path / "run/config.yaml").read_text())["id_token"] is None
+
+
+def test_a_prepared_set_that_lost_files_is_refused_before_the_training(
+    cli: Cli, tiny_model: Path, prepared_folder: Path, tmp_path: Path
+) -> None:
+    import shutil
+
+    damaged = shutil.copytree(prepared_folder, tmp_path / "set")
+    shutil.rmtree(damaged / "prompts")
+    code, _, messages = cli(
+        *("train", "--pretrained_model_name_or_path", tiny_model, "--data_root", damaged, "--load_tensors"),
+        *("--output_dir", tmp_path / "run", "--max_train_steps", "1"),
+    )
+    assert code == 2 and "are missing" in messages and "prepare" in messages
+
+
+def test_what_a_run_went_on_from_is_not_part_of_its_config(train, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert train(run, "--max_train_steps", "1", "--resume_from_checkpoint", "latest")[0] == 0
+    assert yaml.safe_load((run / "config.yaml").read_text())["resume_from_checkpoint"] is None

@@ -82,8 +82,8 @@ def process(monkeypatch: pytest.MonkeyPatch) -> MemoryOf:
     return process
 
 
-def test_the_peak_is_the_highest_moment_since_the_phase_started(process: MemoryOf) -> None:
-    meter = MemoryMeter(torch.device("cpu"))
+def test_the_peak_is_the_highest_moment_since_the_phase_started(process: MemoryOf, tmp_path: Path) -> None:
+    meter = MemoryMeter(torch.device("cpu"), tmp_path / "memory.json")
     process.rss = 8 * GIB
     assert meter.current() == 8.0
     process.rss = 2 * GIB
@@ -98,22 +98,22 @@ def test_the_peak_is_the_highest_moment_since_the_phase_started(process: MemoryO
     assert meter.peak() == 6.0  # looked at now, not only before
 
 
-def test_memory_of_this_process_is_in_gib() -> None:
+def test_memory_of_this_process_is_in_gib(tmp_path: Path) -> None:
     import psutil
 
-    meter = MemoryMeter(torch.device("cpu"))
+    meter = MemoryMeter(torch.device("cpu"), tmp_path / "memory.json")
     meter.start_phase()
     assert meter.current() == pytest.approx(psutil.Process().memory_info().rss / 2**30, rel=0.2)
     assert meter.peak() >= meter.current() > 0
 
 
 def test_the_highest_figure_of_a_phase_is_kept_and_written(tmp_path: Path) -> None:
-    meter = MemoryMeter(torch.device("cpu"))
+    meter = MemoryMeter(torch.device("cpu"), tmp_path / "memory.json")
     for value in (1.25, 3.0004, 2.0):
         meter.record("memory_after_validation", value)
     meter.record("memory_before_training", 0.5)
     assert meter.measured == {"memory_after_validation": 3.0, "memory_before_training": 0.5}
-    meter.write(tmp_path / "memory.json")
+    meter.write()
     assert json.loads((tmp_path / "memory.json").read_text()) == {
         "kind": "resident memory of the process",
         "unit": "GiB",
@@ -121,3 +121,13 @@ def test_the_highest_figure_of_a_phase_is_kept_and_written(tmp_path: Path) -> No
         "planned": None,
     }
     assert [path.name for path in tmp_path.iterdir()] == ["memory.json"]
+
+
+def test_what_an_earlier_part_of_the_run_measured_is_kept(tmp_path: Path) -> None:
+    first = MemoryMeter(torch.device("cpu"), tmp_path / "memory.json")
+    first.record("memory_after_validation", 7.0)
+    first.write()
+    second = MemoryMeter(torch.device("cpu"), tmp_path / "memory.json")
+    second.record("memory_after_validation", 3.0)
+    second.write()
+    assert json.loads((tmp_path / "memory.json").read_text())["measured"] == {"memory_after_validation": 7.0}

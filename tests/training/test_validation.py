@@ -48,7 +48,7 @@ def make(tmp_path: Path, checkpoint: Checkpoint) -> Callable[..., Validation]:
             output_dir=tmp_path / "run",
             seed=5,
         )
-        return Validation(tmp_path / "run", train, checkpoint, BUCKET)
+        return Validation(tmp_path / "run", train, checkpoint, BUCKET, StopRequest())
 
     return call
 
@@ -109,7 +109,7 @@ def test_videos_in_memory_are_those_of_the_stock_pipeline_with_the_saved_lora(
     make, written: Written, transformer: Any, checkpoint: Checkpoint, tiny_model: Path, tmp_path: Path
 ) -> None:
     validation = make(num_validation_videos=2)
-    validation.encode_prompts(CPU, StopRequest())
+    validation.encode_prompts(CPU)
     validation.run_in_memory(3, transformer, load_scheduler(checkpoint), torch.float32, CPU)
     lora = save_lora(transformer, tmp_path / "saved").parent
     folder = tmp_path / "run" / "validation" / "step-00000003"
@@ -133,7 +133,7 @@ def test_sampling_options_are_used(
 ) -> None:
     sampling = SamplingOptions(num_inference_steps=2, height=48, width=32, guidance_scale=30.0, use_dynamic_cfg=True)
     validation = make(sampling, validation_prompt=PROMPTS[0])
-    validation.encode_prompts(CPU, StopRequest())
+    validation.encode_prompts(CPU)
     validation.run_in_memory(0, transformer, load_scheduler(checkpoint), torch.float32, CPU)
     lora = save_lora(transformer, tmp_path / "saved").parent
     options = {"height": 48, "width": 32, "guidance_scale": 30.0, "use_dynamic_cfg": True}
@@ -145,7 +145,7 @@ def test_model_and_schedule_come_back_as_they_were(
     make, written: Written, transformer: Any, checkpoint: Checkpoint, was_training: bool
 ) -> None:
     validation = make(validation_prompt=PROMPTS[0])
-    validation.encode_prompts(CPU, StopRequest())
+    validation.encode_prompts(CPU)
     transformer.train(was_training)
     modes: list[bool] = []
     hook = transformer.register_forward_pre_hook(lambda part, args: modes.append(part.training))
@@ -198,12 +198,12 @@ def test_text_encoder_is_not_needed_after_the_prompts_are_encoded(
 
     monkeypatch.setattr(TextEncoder, "load", classmethod(counted))
     validation = make()
-    validation.encode_prompts(CPU, StopRequest())
+    validation.encode_prompts(CPU)
     assert loads == [1]
     monkeypatch.setattr(TextEncoder, "load", gone)
     validation.run_in_memory(0, transformer, load_scheduler(checkpoint), torch.float32, CPU)
     assert len(written) == 2
-    make().encode_prompts(CPU, StopRequest())  # a run that goes on finds them
+    make().encode_prompts(CPU)  # a run that goes on finds them
 
 
 def test_without_prompts_nothing_is_encoded(make, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,7 +211,7 @@ def test_without_prompts_nothing_is_encoded(make, monkeypatch: pytest.MonkeyPatc
         raise AssertionError("there is nothing to encode")
 
     monkeypatch.setattr(TextEncoder, "load", refused)
-    make(validation_prompt=None).encode_prompts(CPU, StopRequest())
+    make(validation_prompt=None).encode_prompts(CPU)
 
 
 # --- which, and when ---
@@ -259,6 +259,9 @@ def test_when_videos_are_due(
     validation.folder(step).mkdir(parents=True)
     assert validation.is_due(step, epoch) is is_due  # a validation that was broken off
     (validation.folder(step) / "prompts.json").write_text("[]")
+    assert validation.is_due(step, epoch) is is_due  # videos of other prompts
+    listed = [{"file": video.file, "prompt": video.prompt, "seed": video.seed} for video in validation.videos]
+    (validation.folder(step) / "prompts.json").write_text(json.dumps(listed))
     assert validation.is_due(step, epoch) is False
     without_prompts = make(validation_prompt=None, validation_steps=steps, validation_epochs=epochs)
     assert without_prompts.is_due(step + 16, epoch) is False

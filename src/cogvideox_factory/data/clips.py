@@ -33,13 +33,13 @@ def read_clips(options: DataOptions) -> list[Clip]:
         raise UserError(f"--data_root {root}: no such folder")
     pairs = _from_csv(root, options) if options.dataset_file else _from_text_files(root, options)
     prefix = f"{options.id_token} " if options.id_token else ""
-    return [Clip(root / source, source, prefix + caption) for source, caption in pairs]
+    return [Clip(root / source, source, prefix + caption if caption else "") for source, caption in pairs]
 
 
 def _from_csv(root: Path, options: DataOptions) -> list[tuple[str, str]]:
     path = options.dataset_file
     assert path is not None
-    if not path.is_file() and (root / path).is_file():
+    if (root / path).is_file():
         path = root / path
     if not path.is_file():
         raise UserError(f"--dataset_file {path}: no such file")

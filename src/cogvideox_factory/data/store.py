@@ -69,6 +69,19 @@ def write_durably(path: Path, content: bytes) -> None:
         part.unlink(missing_ok=True)
 
 
+def make_output_folder(folder: Path, flag: str = "--output_dir") -> None:
+    """Raises UserError where the folder cannot be made or written to."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".write-test-{os.getpid()}"
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise UserError(
+            f"{flag} {folder}: cannot be written to ({error.strerror or error}); choose another folder"
+        ) from error
+
+
 class PreparedSet:
     """A folder with a prepared set."""
 

@@ -51,12 +51,13 @@ def save_lora(transformer, folder: Path) -> Path:
 
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: value.float().contiguous().cpu() for name, value in get_peft_model_state_dict(transformer).items()}
+    metadata = transformer.peft_config["default"].to_dict()
     with tempfile.TemporaryDirectory(dir=folder, prefix=".lora-") as part:
         CogVideoXPipeline.save_lora_weights(
             part,
             transformer_lora_layers=weights,
             weight_name=LORA_FILE,
-            transformer_lora_adapter_metadata=transformer.peft_config["default"].to_dict(),
+            transformer_lora_adapter_metadata={**metadata, "target_modules": sorted(metadata["target_modules"])},
         )
         with (Path(part) / LORA_FILE).open("rb+") as file:
             os.fsync(file.fileno())

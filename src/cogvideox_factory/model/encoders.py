@@ -42,9 +42,7 @@ class TextEncoder:
     @torch.no_grad()
     def encode(self, prompt: str) -> torch.Tensor:
         """Embedding of one prompt, (tokens, width), in the encoder's type."""
-        num_tokens = len(self.pipeline.tokenizer(prompt).input_ids)
-        if num_tokens > self.max_tokens:
-            logger.warning("a caption is cut at %d of its %d tokens: %s", self.max_tokens, num_tokens, prompt)
+        tell_if_cut(self.pipeline.tokenizer, prompt, self.max_tokens)
         embeds, _ = self.pipeline.encode_prompt(
             prompt,
             do_classifier_free_guidance=False,
@@ -83,6 +81,13 @@ class VideoEncoder:
         pixels = pixels.float().div_(127.5).sub_(1).to(vae.dtype)  # rounded once
         distribution = vae.encode(pixels.permute(3, 0, 1, 2)[None]).latent_dist
         return distribution.mean[0], distribution.logvar[0]
+
+
+def tell_if_cut(tokenizer, prompt: str, max_tokens: int) -> None:
+    """Warn of a prompt of which the text encoder does not see the end."""
+    num_tokens = len(tokenizer(prompt).input_ids)
+    if num_tokens > max_tokens:
+        logger.warning("a caption is cut at %d of its %d tokens: %s", max_tokens, num_tokens, prompt)
 
 
 def load_vae(checkpoint: Checkpoint, dtype: torch.dtype):

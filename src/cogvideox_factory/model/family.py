@@ -61,9 +61,14 @@ class Checkpoint:
         return self.spatial_factor * self.transformer["patch_size"]
 
     @property
+    def temporal_factor(self) -> int:
+        """Frames of video in one latent frame."""
+        return int(self.vae["temporal_compression_ratio"])
+
+    @property
     def frame_batch(self) -> int:
         """Frames that the VAE encodes at a time; clips have a multiple of this, or one more."""
-        return 2 * int(self.vae["temporal_compression_ratio"])
+        return 2 * self.temporal_factor
 
     @property
     def latent_frame_multiple(self) -> int:

@@ -26,6 +26,7 @@ from cogvideox_factory.config import UserError
 from cogvideox_factory.data.buckets import Position
 from cogvideox_factory.data.store import write_durably
 from cogvideox_factory.model.adapters import save_lora, trainable_parameters
+from cogvideox_factory.run_folder import checkpoint_folder, list_checkpoints, set_aside_after
 
 
 @dataclass
@@ -35,25 +36,34 @@ class TrainState:
     step: int = 0
     position: Position = field(default_factory=Position)
     samples_seen: int = 0
+    identity: Mapping[str, Any] = field(default_factory=dict)  # what must not change: the base model, the adapter
+    optimizer_options: Mapping[str, Any] = field(default_factory=dict)
     sampler: Mapping[str, Any] = field(default_factory=dict)  # what the position counts in
     schedule: Mapping[str, Any] = field(default_factory=dict)
     scaler: Mapping[str, Any] = field(default_factory=dict)
-
-
-def checkpoint_folder(run: Path, step: int) -> Path:
-    return run / "checkpoints" / f"step-{step:08}"
-
-
-def list_checkpoints(run: Path) -> list[Path]:
-    """Complete checkpoints of a run, oldest first."""
-    return sorted(path for path in (run / "checkpoints").glob("step-*") if (path / "state.json").is_file())
 
 
 def save_checkpoint(run: Path, state: TrainState, transformer, optimizer, keep: int | None) -> Path:
     """Write the checkpoint of `state.step`, then remove the oldest beyond `keep`."""
     folder = checkpoint_folder(run, state.step)
     part = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(part, ignore_errors=True)  # of a run that died while it saved
+    for unfinished in folder.parent.glob(".step-*.part"):  # of a run that died while it saved
+        shutil.rmtree(unfinished, ignore_errors=True)
+    try:
+        _write_checkpoint(part, state, transformer, optimizer)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)  # a full disk needs its space back
+        raise
+    shutil.rmtree(folder, ignore_errors=True)  # of an earlier course of this run, which went on from before it
+    os.replace(part, folder)
+    set_aside_after(folder.parent, state.step)
+    _flush_folder(folder.parent)
+    for old in list_checkpoints(run)[: -keep if keep else 0]:
+        shutil.rmtree(old)
+    return folder
+
+
+def _write_checkpoint(part: Path, state: TrainState, transformer, optimizer) -> None:
     part.mkdir(parents=True)
     save_lora(transformer, part)
     weights = {name: value.detach().cpu() for name, value in trainable_parameters(transformer).items()}
@@ -64,18 +74,6 @@ def save_checkpoint(run: Path, state: TrainState, transformer, optimizer, keep: 
         tensors["rng.cuda"] = torch.cuda.get_rng_state()
     _save_tensors(tensors, part / "optimizer.safetensors")
     write_durably(part / "state.json", json.dumps({**asdict(state), "optimizer": rest}, indent=2).encode())
-    shutil.rmtree(folder, ignore_errors=True)  # of an earlier course of this run, which went on from before it
-    os.replace(part, folder)
-    # Newer ones are of a course that was left when the run went on from before them: kept, but no longer `latest`.
-    for left in list_checkpoints(run):
-        if left.name > folder.name:
-            kept_as = left.with_name(f"left-{left.name}")
-            shutil.rmtree(kept_as, ignore_errors=True)
-            os.replace(left, kept_as)
-    _flush_folder(folder.parent)
-    for old in list_checkpoints(run)[: -keep if keep else 0]:
-        shutil.rmtree(old)
-    return folder
 
 
 def load_checkpoint(folder: Path, transformer, optimizer) -> TrainState:
@@ -89,6 +87,8 @@ def load_checkpoint(folder: Path, transformer, optimizer) -> TrainState:
         state = TrainState(**{**content, "position": Position(**content["position"])})
         weights = load_file(folder / "trainable.safetensors")
         tensors = load_file(folder / "optimizer.safetensors")
+        random_state, cuda_random_state = tensors.pop("rng.torch"), tensors.pop("rng.cuda", None)
+        optimizer_state = _join_optimizer(tensors, rest)
     except Exception as error:  # safetensors raises its own kind for every sort of damage
         raise UserError(f"checkpoint {folder} cannot be read: {error}") from error
     parameters = trainable_parameters(transformer)
@@ -96,11 +96,10 @@ def load_checkpoint(folder: Path, transformer, optimizer) -> TrainState:
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(weights[name])
-    torch.set_rng_state(tensors.pop("rng.torch"))
-    cuda_state = tensors.pop("rng.cuda", None)
-    if cuda_state is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(cuda_state)
-    optimizer.load_state_dict(_join_optimizer(tensors, rest))
+    torch.set_rng_state(random_state)
+    if cuda_random_state is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(cuda_random_state)
+    optimizer.load_state_dict(optimizer_state)
     return state
 
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import math
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,23 +19,23 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import AutocastKwargs
 
-from cogvideox_factory.config import Train, UserError, write_config
+from cogvideox_factory.config import DataOptions, RunError, Train, UserError, write_config
 from cogvideox_factory.data.buckets import Bucket, Position, Sampler
 from cogvideox_factory.data.clips import read_clips
 from cogvideox_factory.data.loader import PreparedClips, StepBatches, load_steps
-from cogvideox_factory.data.store import Entry, PreparedSet, hash_of
-from cogvideox_factory.model.adapters import attach_lora, save_lora, trainable_parameters
+from cogvideox_factory.data.store import Entry, PreparedSet, hash_of, make_output_folder
+from cogvideox_factory.model.adapters import LORA_FILE, attach_lora, save_lora, trainable_parameters
 from cogvideox_factory.model.denoiser import Denoiser, load_scheduler, load_transformer
+from cogvideox_factory.model.device import free_memory
 from cogvideox_factory.model.family import Checkpoint, open_checkpoint, refuse_image_to_video
 from cogvideox_factory.prepare import (
     check_prepared,
     check_text_length,
-    free_memory,
-    make_output_folder,
     prepare,
     resolve_data_options,
 )
 from cogvideox_factory.progress import progress_bar
+from cogvideox_factory.run_folder import set_aside_after
 from cogvideox_factory.stopping import Stopped, StopRequest, stop_requests
 from cogvideox_factory.training.checkpoint import (
     TrainState,
@@ -79,14 +81,11 @@ def train(options: Train) -> Path:
     with stop_requests() as stop:
         # Data first: the encoders have left the memory before the transformer comes.
         data = prepare_data(options, checkpoint, accelerator, stop)
-        validation = Validation(run, options, checkpoint, most_frequent_bucket(data.entries))
+        validation = Validation(run, options, checkpoint, most_frequent_bucket(data.entries), stop)
         with accelerator.main_process_first():
-            validation.encode_prompts(device, stop)
+            validation.encode_prompts(device)
         options = dataclasses.replace(options, sampling=validation.sampling)
-        if accelerator.is_main_process:
-            write_config(options, run / "config.yaml")
-
-        memory = MemoryMeter(device)
+        memory = MemoryMeter(device, run / "memory.json")
         state = train_steps(options, checkpoint, accelerator, data, validation, memory, stop)
 
         # What was learned is now tested as others will use it: from the saved file, by stock diffusers.
@@ -96,7 +95,8 @@ def train(options: Train) -> Path:
             memory.start_phase()
             if validation.run_from_saved(state.step, device):
                 memory.record("memory_after_testing", memory.peak())
-            memory.write(run / "memory.json")
+            memory.write()
+            stop.check(f"the LoRA in {run} is complete, the videos of its last test are not; start again to make them")
         accelerator.wait_for_everyone()
     return run
 
@@ -130,12 +130,16 @@ def train_steps(
     num_steps = training.max_train_steps or training.num_train_epochs * steps_per_epoch
     raw_optimizer = build_optimizer(parameters, options.optimizer, sampler.clips_per_step)
     schedule = build_schedule(raw_optimizer, options.optimizer, num_steps)
-    state = resume(options, transformer, raw_optimizer, schedule, accelerator, data, sampler)
+    state = resume(options, checkpoint, transformer, raw_optimizer, schedule, accelerator, data, sampler)
     describe(checkpoint, options, data, parameters, num_steps, sampler, state)
     if state.step >= num_steps:
         logger.info("nothing left to train: this run is finished")
-        save_lora(transformer, run)
+        if accelerator.is_main_process and not (run / LORA_FILE).is_file():
+            save_lora(transformer, run)
         return state
+    if accelerator.is_main_process:  # only now: a run that is refused or finished keeps its own
+        write_config(without_resume(options), run / "config.yaml")
+        set_aside_after(run / "validation", state.step)
 
     model, optimizer = accelerator.prepare(transformer, raw_optimizer)
     clips = PreparedClips(
@@ -163,11 +167,14 @@ def train_steps(
             logger.info("saved      %s", save_checkpoint(run, state, transformer, raw_optimizer, keep))
         accelerator.wait_for_everyone()
 
+    first_step = state.step
+
     def validate_if_due() -> None:
         epoch_is_complete = state.position.step == steps_per_epoch
         completed_epoch = state.position.epoch if epoch_is_complete else None
         if accelerator.is_main_process and validation.is_due(state.step, completed_epoch):
-            memory.record("memory_before_validation", memory.peak())
+            if state.step > first_step:
+                memory.record("memory_before_validation", memory.peak())
             memory.start_phase()
             validation.run_in_memory(state.step, transformer, scheduler, dtype, device)
             free_memory()
@@ -179,7 +186,7 @@ def train_steps(
     validate_if_due()
     transformer.train()
     memory.start_phase()
-    saved_step = state.step
+    saved_step = first_step
     is_silent = not accelerator.is_main_process
     bar = progress_bar(None, "Training", "step", num_steps, done=state.step, is_silent=is_silent)
     with MetricsLog(run, state.step, accelerator) as log, bar:
@@ -190,6 +197,12 @@ def train_steps(
             loss, grad_norm = optimizer_step(
                 step, accelerator, model, optimizer, denoiser, scheduler, parameters, options
             )
+            if not math.isfinite(loss):
+                good = f"checkpoint of step {saved_step}" if saved_step else "base model"
+                raise RunError(
+                    f"the loss of step {state.step + 1} is {loss}; the last good state is the {good}. Lower "
+                    "--learning_rate, or set --max_grad_norm"
+                )
             rate = schedule.get_last_lr()[0]
             schedule.step()
             state.step += 1
@@ -219,7 +232,7 @@ def train_steps(
         if saved_step != state.step:
             save()
         if accelerator.is_main_process:
-            memory.write(run / "memory.json")
+            memory.write()
         raise Stopped(
             f"stopped after step {state.step} of {num_steps}, all saved; go on with: cogvideox-factory train "
             f"--config {run / 'config.yaml'} --resume_from_checkpoint latest"
@@ -253,18 +266,46 @@ def resolve_options(options: Train, checkpoint: Checkpoint) -> Train:
     encoding = options.encoding
     if options.training.load_tensors:
         settings = check_prepared(checkpoint, PreparedSet(options.data.data_root))
-        data = dataclasses.replace(data, fps=settings["fps"])
+        tell_ignored(options, settings)
+        data = DataOptions(data_root=data.data_root, fps=settings["fps"])
         encoding = dataclasses.replace(encoding, max_sequence_length=settings["max_sequence_length"])
+    else:
+        data = dataclasses.replace(data, **resolve_data_options(data, checkpoint))
+        in_root = data.dataset_file and data.data_root and data.data_root / data.dataset_file
+        if in_root:
+            found = in_root if in_root.is_file() else Path(str(data.dataset_file)).absolute()
+            data = dataclasses.replace(data, dataset_file=found)
     model = options.model
     if checkpoint.is_local:
         model = dataclasses.replace(model, pretrained_model_name_or_path=str(checkpoint.folder.absolute()))
     return dataclasses.replace(
         options,
         model=model,
-        data=dataclasses.replace(data, **resolve_data_options(data, checkpoint)),
+        data=data,
         encoding=encoding,
         output_dir=options.output_dir.absolute(),
     )
+
+
+def tell_ignored(options: Train, settings: Mapping[str, Any]) -> None:
+    """Warn of options that shape a prepared set and are given where one is only read."""
+    asked = {**dataclasses.asdict(options.data), "use_tiling": options.encoding.use_tiling}
+    defaults = {**dataclasses.asdict(DataOptions()), "use_tiling": False}
+    ignored = [
+        f"--{name}"
+        for name, value in asked.items()
+        if name not in ("data_root", "strict") and value not in (defaults[name], settings.get(name))
+    ]
+    if ignored:
+        logger.warning(
+            "%s: without effect here, the set given with --load_tensors is trained on as it was prepared",
+            " ".join(ignored),
+        )
+
+
+def without_resume(options: Train) -> Train:
+    """Options as they are written down: to repeat a run is not to go on from what it went on from."""
+    return dataclasses.replace(options, training=dataclasses.replace(options.training, resume_from_checkpoint=None))
 
 
 def claim_run_folder(run: Path, options: Train) -> None:
@@ -283,7 +324,16 @@ def prepare_data(options: Train, checkpoint: Checkpoint, accelerator: Accelerato
     if options.training.load_tensors:
         prepared = PreparedSet(options.data.data_root)
         entries = prepared.read_index()
-        return TrainingData(prepared, entries, check_prepared(checkpoint, prepared)["empty_prompt"])
+        empty_prompt = check_prepared(checkpoint, prepared)["empty_prompt"]
+        lost = {file for entry in entries for file in entry.files.values() if not prepared.has(file)}
+        if not prepared.has(empty_prompt):
+            lost.add(empty_prompt)
+        if lost:
+            raise UserError(
+                f"--data_root {prepared.folder}: {len(lost)} files of its index are missing, such as {min(lost)}; run "
+                "`prepare` again, which makes what is missing"
+            )
+        return TrainingData(prepared, entries, empty_prompt)
     prepared = PreparedSet(options.output_dir / "prepared")
     if accelerator.is_main_process:
         prepare(checkpoint, options.data, options.encoding, prepared, accelerator.device, stop)
@@ -308,6 +358,7 @@ def build_model(options: Train, checkpoint: Checkpoint, dtype: torch.dtype, devi
 
 def resume(
     options: Train,
+    checkpoint: Checkpoint,
     transformer,
     optimizer,
     schedule,
@@ -323,19 +374,44 @@ def resume(
         "micro_batches": sampler.num_micro_batches,
         "seed": sampler.seed,
     }
+    identity = {
+        "base model": checkpoint.fingerprint("transformer"),
+        "--rank": options.lora.rank,
+        "--lora_alpha": options.lora.lora_alpha,
+        "--target_modules": sorted(options.lora.target_modules),
+    }
+    optimizer_options = dataclasses.asdict(options.optimizer)
     choice = options.training.resume_from_checkpoint
     folder = find_checkpoint(options.output_dir, choice) if choice else None
     if folder is None:
         if choice:
             logger.info("no checkpoint in %s yet: starting from the beginning", options.output_dir)
-        return TrainState(sampler=counts_in)
+        return TrainState(identity=identity, optimizer_options=optimizer_options, sampler=counts_in)
+    fresh_groups = [{name: v for name, v in group.items() if name != "params"} for group in optimizer.param_groups]
+    fresh_rates = list(schedule.base_lrs)
     state = load_checkpoint(folder, transformer, optimizer)
+    for name, value in identity.items():
+        if state.identity.get(name) != value:
+            raise UserError(
+                f"checkpoint {folder} is of another {name}: {state.identity.get(name)} there, {value} here; start "
+                "anew in another --output_dir"
+            )
     schedule.load_state_dict({**schedule.state_dict(), **state.schedule})
+    if state.optimizer_options != optimizer_options:
+        changed = [name for name in optimizer_options if state.optimizer_options.get(name) != optimizer_options[name]]
+        logger.warning("from now on with another %s than before", ", ".join(f"--{name}" for name in changed))
+        schedule.base_lrs = fresh_rates
+        for group, fresh, rate, course in zip(
+            optimizer.param_groups, fresh_groups, fresh_rates, schedule.lr_lambdas, strict=True
+        ):
+            group.update({**fresh, "lr": rate * course(schedule.last_epoch), "initial_lr": rate})
+        schedule._last_lr = [group["lr"] for group in optimizer.param_groups]
+        state.optimizer_options = optimizer_options
     if accelerator.scaler and state.scaler:
         accelerator.scaler.load_state_dict(dict(state.scaler))
     if state.sampler != counts_in:
-        changed = ", ".join(name for name in counts_in if state.sampler.get(name) != counts_in[name])
-        logger.warning("%s differ from those of the checkpoint: going on with the next epoch", changed)
+        differing = ", ".join(name for name in counts_in if state.sampler.get(name) != counts_in[name])
+        logger.warning("%s differ from those of the checkpoint: going on with the next epoch", differing)
         state.position, state.sampler = Position(state.position.epoch + 1), counts_in
     logger.info("going on from %s", folder)
     return state

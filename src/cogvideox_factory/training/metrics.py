@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any, TextIO
@@ -44,25 +45,29 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Lines of a log; a last one that was cut short by the end of the process is left out."""
+    """Lines of a log; one that was cut short by the end of a process is left out."""
     lines: list[dict[str, Any]] = []
     if path.exists():
         for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                lines.append(json.loads(line))
-            except ValueError:
-                break
+            with contextlib.suppress(ValueError):
+                content = json.loads(line)
+                if isinstance(content, dict) and isinstance(content.get("step"), int):
+                    lines.append(content)
     return lines
 
 
 class MemoryMeter:
     """Peak memory of each phase, in GiB: of the GPU where there is one, else of the process."""
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device, path: Path):
+        """`path` is the run's memory.json; what an earlier part of the run measured is kept."""
         self._is_cuda = device.type == "cuda"
         self._process = psutil.Process()
         self._peak = 0.0
+        self._path = path
         self.measured: dict[str, float] = {}
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            self.measured.update(json.loads(path.read_text())["measured"])
 
     def current(self) -> float:
         """What is in use, in GiB. Called once a step, it also follows the peak where the device does not."""
@@ -85,7 +90,7 @@ class MemoryMeter:
         """Keep the highest figure of a phase that comes several times."""
         self.measured[name] = max(round(value, 3), self.measured.get(name, 0.0))
 
-    def write(self, path: Path) -> None:
+    def write(self) -> None:
         kind = "GPU memory allocated" if self._is_cuda else "resident memory of the process"
         content = {"kind": kind, "unit": "GiB", "measured": self.measured, "planned": None}
-        write_durably(path, json.dumps(content, indent=2).encode())
+        write_durably(self._path, json.dumps(content, indent=2).encode())

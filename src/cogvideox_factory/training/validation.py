@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,7 @@ from cogvideox_factory.data.video import write_video
 from cogvideox_factory.model.family import Checkpoint
 from cogvideox_factory.prepare import encode_prompts
 from cogvideox_factory.progress import progress_bar
+from cogvideox_factory.run_folder import validation_folder
 from cogvideox_factory.sampling import (
     Video,
     generate,
@@ -33,12 +36,13 @@ logger = logging.getLogger(__name__)
 class Validation:
     """The prompts of a run and when they are shown. Prompts are encoded once, before the training."""
 
-    def __init__(self, run: Path, options: Train, checkpoint: Checkpoint, bucket: Bucket):
+    def __init__(self, run: Path, options: Train, checkpoint: Checkpoint, bucket: Bucket, stop: StopRequest):
         """`bucket` is the size of the videos where the options give none."""
         self.run = run
+        self.stop = stop
         self.options = options
         self.checkpoint = checkpoint
-        self.sampling = resolve_sampling(options.sampling, bucket, checkpoint.size_divisor)
+        self.sampling = resolve_sampling(options.sampling, bucket, checkpoint.size_divisor, checkpoint.temporal_factor)
         text = options.validation.validation_prompt or ""
         parts = (part.strip() for part in text.split(options.validation.validation_prompt_separator))
         self.videos = [
@@ -49,20 +53,28 @@ class Validation:
         self._embeddings = PreparedSet(run / "prepared")
         self._files: dict[str, str] = {}
 
-    def encode_prompts(self, device: torch.device, stop: StopRequest) -> None:
+    def encode_prompts(self, device: torch.device) -> None:
         """Encode what is not there yet, so that the text encoder is not needed again."""
         if self.videos:
             prompts = ["", *(video.prompt for video in self.videos)]
             self._files = encode_prompts(
-                self.checkpoint, self.options.encoding, self._embeddings, prompts, device, stop
+                self.checkpoint, self.options.encoding, self._embeddings, prompts, device, self.stop
             )
 
     def folder(self, step: int) -> Path:
-        return self.run / "validation" / f"step-{step:08}"
+        return validation_folder(self.run, step)
+
+    def is_done(self, step: int) -> bool:
+        """Whether the very videos that are asked for are there."""
+        try:
+            listed = json.loads((self.folder(step) / "prompts.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return False
+        return listed == [asdict(video) for video in self.videos]
 
     def is_due(self, step: int, epoch: int | None) -> bool:
         """Whether videos of this step are asked for and not there yet. `epoch` is one that this step completed."""
-        if not self.videos or (self.folder(step) / "prompts.json").exists():
+        if not self.videos or self.is_done(step):
             return False
         every_steps, every_epochs = (
             self.options.validation.validation_steps,
@@ -90,7 +102,7 @@ class Validation:
 
     def run_from_saved(self, step: int, device: torch.device) -> bool:
         """Videos of the base model with the saved LoRA, all by stock diffusers; whether there were any to make."""
-        if not self.videos or (self.folder(step) / "prompts.json").exists():
+        if not self.videos or self.is_done(step):
             return False
         dtype = self.checkpoint.dtype_for(self.options.training.mixed_precision, device)
         pipeline = pipeline_from_disk(self.checkpoint, self.run, dtype)
@@ -100,10 +112,14 @@ class Validation:
 
     def _write(self, step: int, make: Callable[[Video], np.ndarray]) -> None:
         assert self.options.data.fps is not None
+        folder = self.folder(step)
+        (folder / "prompts.json").unlink(missing_ok=True)
         for video in progress_bar(self.videos, f"Videos of step {step}", "video"):
-            write_video(self.folder(step) / video.file, make(video), self.options.data.fps)
-        write_video_list(self.folder(step), self.videos)  # last: its presence says that all are there
-        logger.info("videos     %s", self.folder(step))
+            if self.stop.requested:
+                return  # without prompts.json they are made again when the run goes on
+            write_video(folder / video.file, make(video), self.options.data.fps)
+        write_video_list(folder, self.videos)  # last: its presence says that all are there
+        logger.info("videos     %s", folder)
 
     def _generate(self, pipeline, video: Video, **prompt) -> np.ndarray:
         pipeline.set_progress_bar_config(disable=True)
