@@ -310,3 +310,13 @@ def test_json_files_can_be_read_by_people(tmp_path: Path) -> None:
     text = (tmp_path / "report.json").read_text(encoding="utf-8")
     assert json.loads(text) == {"skipped": [{"path": "кот.mp4"}]}
     assert "кот.mp4" in text and "\n" in text
+
+
+def test_a_failed_write_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full_disk(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full_disk)
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        write_durably(tmp_path / "file.json", b"{}")
+    assert caught.value.filename == str(tmp_path / "file.json")
