@@ -20,7 +20,6 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from cogvideox_factory import sampling
 from cogvideox_factory.config import LoraOptions, SamplingOptions, Train, UserError, parse_command, write_config
 from cogvideox_factory.data.buckets import Bucket
 from cogvideox_factory.demo.tiny_model import build_tiny_pipeline
@@ -469,11 +468,11 @@ def test_sizes_are_accepted_exactly_where_they_divide_and_the_proposal_does(
     options = SamplingOptions(height=height, width=width)
     wrong = [(name, v) for name, v in (("height", height), ("width", width)) if v % divisor]
     if not wrong:
-        resolved = resolve_sampling(options, (49, 480, 720), divisor)
+        resolved = resolve_sampling(options, (49, 480, 720), divisor, 4)
         assert resolved == dataclasses.replace(options, num_frames=49)
         return
     with pytest.raises(UserError) as error:
-        resolve_sampling(options, (49, 480, 720), divisor)
+        resolve_sampling(options, (49, 480, 720), divisor, 4)
     name, value = wrong[0]
     assert str(error.value).startswith(f"--{name} {value}: must be a multiple of {divisor}, such as ")
     proposal = int(str(error.value).rpartition(" ")[2])
@@ -482,10 +481,10 @@ def test_sizes_are_accepted_exactly_where_they_divide_and_the_proposal_does(
 
 
 def test_missing_sizes_are_filled_in_each_for_itself() -> None:
-    assert resolve_sampling(SamplingOptions(), (49, 480, 720), 16) == SamplingOptions(480, 720, 49)
-    assert resolve_sampling(SamplingOptions(height=64), (49, 480, 720), 16) == SamplingOptions(64, 720, 49)
-    assert resolve_sampling(SamplingOptions(width=64), (49, 480, 720), 16) == SamplingOptions(480, 64, 49)
-    assert resolve_sampling(SamplingOptions(num_frames=9), (49, 480, 720), 16) == SamplingOptions(480, 720, 9)
+    assert resolve_sampling(SamplingOptions(), (49, 480, 720), 16, 4) == SamplingOptions(480, 720, 49)
+    assert resolve_sampling(SamplingOptions(height=64), (49, 480, 720), 16, 4) == SamplingOptions(64, 720, 49)
+    assert resolve_sampling(SamplingOptions(width=64), (49, 480, 720), 16, 4) == SamplingOptions(480, 64, 49)
+    assert resolve_sampling(SamplingOptions(num_frames=9), (49, 480, 720), 16, 4) == SamplingOptions(480, 720, 9)
 
 
 def test_embeddings_give_the_same_video_as_their_prompt(tiny_model: Path) -> None:
@@ -580,50 +579,6 @@ def hooks_of(model: torch.nn.Module) -> list[Any]:
     ]
 
 
-@pytest.mark.parametrize("is_training", [True, False])
-def test_validation_in_memory_leaves_the_model_as_it_was_and_shows_stock_frames(
-    checkpoint: Checkpoint, tiny_model: Path, tmp_path: Path, shown: dict[str, np.ndarray], is_training: bool
-) -> None:
-    transformer = with_lora(checkpoint, 1)
-    transformer.enable_gradient_checkpointing()
-    transformer.train(is_training)
-    scheduler = load_scheduler(checkpoint)
-    validator = make_validation(tmp_path, checkpoint, "--num_validation_videos", "2")
-    validator.encode_prompts(CPU)
-    parameters = {name: (value, value.clone(), value.requires_grad) for name, value in transformer.named_parameters()}
-    forward, random_state = transformer.forward, torch.get_rng_state()
-    schedule = dict(vars(scheduler))
-
-    validator.run_in_memory(6, transformer, scheduler, torch.float32, CPU)
-
-    assert all(module.training is is_training for module in transformer.modules())
-    assert hooks_of(transformer) == []
-    assert transformer.forward == forward
-    assert transformer.is_gradient_checkpointing
-    for name, value in transformer.named_parameters():
-        same, copy, requires_grad = parameters[name]
-        assert value is same
-        assert value.requires_grad == requires_grad
-        assert value.grad is None
-        assert torch.equal(value, copy)
-    assert torch.equal(torch.get_rng_state(), random_state)
-    assert scheduler.num_inference_steps == schedule["num_inference_steps"]
-    assert scheduler.timesteps is schedule["timesteps"]
-
-    pipeline = CogVideoXPipeline.from_pretrained(tiny_model)
-    pipeline.load_lora_weights(save_lora(transformer, tmp_path / "lora").parent, weight_name=LORA_FILE)
-    folder = tmp_path / "validation" / "step-00000006"
-    expected = {
-        str(folder / f"prompt-{number:02}-video-{index}.mp4"): stock_frames(pipeline, 20 + index, prompt=prompt)
-        for number, prompt in enumerate((PROMPT, "a blue circle"))
-        for index in range(2)
-    }
-    assert shown.keys() == expected.keys()
-    for path, frames in expected.items():
-        assert np.array_equal(shown[path], frames)
-        assert Path(path).is_file()
-
-
 def test_the_next_training_step_is_the_same_with_and_without_a_validation(
     checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
@@ -648,24 +603,6 @@ def test_the_next_training_step_is_the_same_with_and_without_a_validation(
     assert torch.equal(gradients[0], gradients[1])
 
 
-def test_validation_of_what_was_saved_shows_stock_frames_once(
-    checkpoint: Checkpoint, tiny_model: Path, tmp_path: Path, shown: dict[str, np.ndarray]
-) -> None:
-    save_lora(with_lora(checkpoint, 3), tmp_path)
-    validator = make_validation(tmp_path, checkpoint)
-    assert validator.run_from_saved(8, CPU) is True
-    pipeline = CogVideoXPipeline.from_pretrained(tiny_model)
-    pipeline.load_lora_weights(tmp_path, weight_name=LORA_FILE)
-    folder = tmp_path / "validation" / "step-00000008"
-    for number, prompt in enumerate((PROMPT, "a blue circle")):
-        expected = stock_frames(pipeline, 20, prompt=prompt)
-        assert np.array_equal(shown[str(folder / f"prompt-{number:02}-video-0.mp4")], expected)
-    assert read_mp4(folder / "prompt-00-video-0.mp4")[1] == 5
-    shown.clear()
-    assert validator.run_from_saved(8, CPU) is False
-    assert shown == {}
-
-
 def test_validation_of_memory_and_of_what_was_saved_are_the_same(
     checkpoint: Checkpoint, tmp_path: Path, shown: dict[str, np.ndarray]
 ) -> None:
@@ -680,37 +617,6 @@ def test_validation_of_memory_and_of_what_was_saved_are_the_same(
     )
     assert len(first) == len(second) == 2
     assert all(np.array_equal(one, other) for one, other in zip(first, second, strict=True))
-
-
-def test_size_of_the_videos_is_the_options_or_else_the_buckets(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    sizes = make_validation(tmp_path, checkpoint, "--height", "64").sampling
-    assert (sizes.num_frames, sizes.height, sizes.width) == (9, 64, 48)
-    with pytest.raises(UserError, match="--height 40"):
-        make_validation(tmp_path, checkpoint, "--height", "40")
-
-
-def test_prompts_are_split_trimmed_and_given_seeds(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    assert make_validation(tmp_path, checkpoint, "--num_validation_videos", "2").videos == [
-        Video("prompt-00-video-0.mp4", PROMPT, 20),
-        Video("prompt-00-video-1.mp4", PROMPT, 21),
-        Video("prompt-01-video-0.mp4", "a blue circle", 20),
-        Video("prompt-01-video-1.mp4", "a blue circle", 21),
-    ]
-    other = make_validation(tmp_path, checkpoint, "--validation_prompt", "a|b", "--validation_prompt_separator", "|")
-    assert [video.prompt for video in other.videos] == ["a", "b"]
-
-
-def test_prompts_are_encoded_once(checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    make_validation(tmp_path, checkpoint).encode_prompts(CPU)
-    files = sorted((tmp_path / "prepared" / "prompts").iterdir())
-    assert len(files) == 3  # two prompts and the empty one
-
-    def load(*_: Any, **__: Any) -> None:
-        raise AssertionError("loaded the text encoder again")
-
-    monkeypatch.setattr(CogVideoXPipeline, "from_pretrained", load)
-    make_validation(tmp_path, checkpoint).encode_prompts(CPU)
-    assert sorted((tmp_path / "prepared" / "prompts").iterdir()) == files
 
 
 def test_list_of_videos_is_written_after_all_of_them(
@@ -743,50 +649,11 @@ def test_list_of_videos_is_written_after_all_of_them(
     assert not validator.is_due(0, None)
 
 
-@pytest.mark.parametrize("every_steps", [None, 4])
-@pytest.mark.parametrize("every_epochs", [None, 2])
-@pytest.mark.parametrize("step", [0, 1, 4, 6, 8])
-@pytest.mark.parametrize("epoch", [None, 0, 1, 2, 3])
-def test_validation_is_due_at_the_start_and_after_so_many_steps_or_epochs(
-    checkpoint: Checkpoint,
-    tmp_path: Path,
-    every_steps: int | None,
-    every_epochs: int | None,
-    step: int,
-    epoch: int | None,
-) -> None:
-    flags = [*(("--validation_steps", str(every_steps)) if every_steps else ())]
-    flags += [*(("--validation_epochs", str(every_epochs)) if every_epochs else ())]
-    validator = make_validation(tmp_path, checkpoint, *flags)
-    expected = step == 0
-    expected |= every_steps == 4 and step in (4, 8)
-    expected |= every_epochs == 2 and epoch in (1, 3)  # epochs count from 0: these complete the 2nd and the 4th
-    assert validator.is_due(step, epoch) is expected
-    write_video_list(validator.folder(step), [])
-    assert validator.is_due(step, epoch) is expected  # of other prompts
-    write_video_list(validator.folder(step), validator.videos)
-    assert validator.is_due(step, epoch) is False  # it is there already
-
-
-def test_without_a_prompt_no_validation_is_ever_due(
-    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sampling, "pipeline_from_disk", None)
-    for prompt in ((), ("--validation_prompt", " ::: ")):
-        options = train_options(checkpoint, "--validation_steps", "1", "--validation_epochs", "1", *prompt)
-        validator = Validation(tmp_path, options, checkpoint, Bucket(9, 32, 48), StopRequest())
-        assert validator.videos == []
-        assert not any(validator.is_due(step, epoch) for step in (0, 1, 2) for epoch in (None, 0, 1))
-        validator.encode_prompts(CPU)
-        assert validator.run_from_saved(5, CPU) is False
-    assert os.listdir(tmp_path) == []
-
-
 @pytest.mark.parametrize("frames", [9, 16, 17, 48, 49, 80, 81])
 def test_numbers_of_frames_that_the_vae_decodes_to_are_accepted(frames: int) -> None:
-    assert resolve_sampling(SamplingOptions(num_frames=frames), (17, 64, 96), 16).num_frames == frames
+    assert resolve_sampling(SamplingOptions(num_frames=frames), (17, 64, 96), 16, 4).num_frames == frames
 
 
 def test_a_number_of_frames_that_would_give_another_is_refused_with_that_other() -> None:
     with pytest.raises(UserError, match=r"--num_frames 10: .* take 9"):
-        resolve_sampling(SamplingOptions(num_frames=10), (17, 64, 96), 16)
+        resolve_sampling(SamplingOptions(num_frames=10), (17, 64, 96), 16, 4)

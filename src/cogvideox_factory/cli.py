@@ -108,10 +108,12 @@ def run_prepare(options: Prepare) -> None:
 
 
 def run_train(options: Train) -> None:
+    from accelerate import PartialState
+
     from cogvideox_factory.training.loop import train
 
     run = train(options)
-    if int(os.environ.get("RANK", "0")) == 0:  # under a launcher, one process speaks
+    if PartialState().is_main_process:  # not the variable RANK, which a user may have set for something else
         run_report(Report(run=run))
         logger.info("LoRA       %s", run / "pytorch_lora_weights.safetensors")
 

@@ -249,8 +249,9 @@ def _choose_excerpts(
         files = {"latents": latents, "prompt": _prompt_file(clip.caption, identity)}
         if len(timeline.times) > 1 and float(np.median(np.diff(timeline.times))) > 1.5 / data.fps:
             slow.append(clip.source)
-        key = hash_of(sorted(files.items()), *([repeats] if (repeats := seen[latents + clip.caption]) else []))
-        seen[latents + clip.caption] += 1  # a clip that is listed again, to weigh more, has its own random numbers
+        # A clip that is listed again, to weigh more, has random numbers of its own.
+        key = hash_of(sorted(files.items()), seen[latents + clip.caption])
+        seen[latents + clip.caption] += 1
         yield Excerpt(clip, timeline, times, bucket, Entry(clip.source, clip.caption, bucket, files, key))
     if slow:
         logger.warning(

@@ -131,7 +131,7 @@ def write_video_list(folder: Path, videos: Sequence[Video]) -> None:
 
 
 def resolve_sampling(
-    options: SamplingOptions, size: tuple[int, int, int], divisor: int, temporal_factor: int = 4
+    options: SamplingOptions, size: tuple[int, int, int], divisor: int, temporal_factor: int
 ) -> SamplingOptions:
     """Options with frames, height and width filled in from `size` where the user gave none.
 
@@ -149,7 +149,7 @@ def resolve_sampling(
     latents = (resolved.num_frames - 1) // temporal_factor + 1
     made = latents * temporal_factor if latents % 2 == 0 else (latents - 1) * temporal_factor + 1
     if made != resolved.num_frames:
-        raise UserError(f"--num_frames {resolved.num_frames}: the VAE gives {made} frames or the next; take {made}")
+        raise UserError(f"--num_frames {resolved.num_frames}: the VAE would give {made} frames; take {made}")
     for flag, value in (("height", resolved.height), ("width", resolved.width)):
         assert value is not None
         if value % divisor:

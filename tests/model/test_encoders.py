@@ -245,3 +245,16 @@ def test_encoders_take_the_weights_of_the_variant(tmp_path: Path) -> None:
     assert torch.equal(embedding, expected[0])
     default = TextEncoder.load(dataclasses.replace(checkpoint, variant=None), None, torch.float32, CPU)
     assert not torch.allclose(embedding, default.encode("a red square"))
+
+
+def test_tiling_is_refused_where_stock_diffusers_would_give_another_size(checkpoint: Checkpoint) -> None:
+    fits, does_not = load_vae(checkpoint, torch.float32), load_vae(checkpoint, torch.float32)
+    does_not.tile_sample_min_height, does_not.tile_latent_min_height = 32, 4  # a sixth of 4 latents is no whole latent
+    latents = torch.zeros(1, 8, 1, 12, 20)
+    for vae in (fits, does_not):
+        vae.enable_tiling()
+    assert fits.decode(latents).sample.shape[3:] == (96, 160)
+    assert does_not.decode(latents).sample.shape[3:] != (96, 160)  # the reason for the refusal
+    spare_memory(fits, checkpoint, use_slicing=False, use_tiling=True)
+    with pytest.raises(UserError, match="leave out --use_tiling and --enable_tiling"):
+        spare_memory(does_not, checkpoint, use_slicing=False, use_tiling=True)

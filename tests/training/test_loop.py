@@ -387,3 +387,9 @@ def test_what_a_run_went_on_from_is_not_part_of_its_config(train, tmp_path: Path
     run = tmp_path / "run"
     assert train(run, "--max_train_steps", "1", "--resume_from_checkpoint", "latest")[0] == 0
     assert yaml.safe_load((run / "config.yaml").read_text())["resume_from_checkpoint"] is None
+
+
+def test_a_variable_named_rank_of_the_users_own_does_not_silence_the_run(train, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("RANK", "16")
+    code, messages = train(tmp_path / "run", "--max_train_steps", "1")
+    assert code == 0 and "LoRA       " in messages and (tmp_path / "run/report.html").exists()

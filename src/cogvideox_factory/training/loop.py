@@ -96,7 +96,8 @@ def train(options: Train) -> Path:
             if validation.run_from_saved(state.step, device):
                 memory.record("memory_after_testing", memory.peak())
             memory.write()
-            stop.check(f"the LoRA in {run} is complete, the videos of its last test are not; start again to make them")
+            if validation.videos and not validation.is_done(state.step):
+                stop.check(f"the LoRA in {run} is complete, the videos of its last test are not; start again for them")
         accelerator.wait_for_everyone()
     return run
 
