@@ -572,13 +572,6 @@ def shown(monkeypatch: pytest.MonkeyPatch) -> dict[str, np.ndarray]:
     return frames
 
 
-def hooks_of(model: torch.nn.Module) -> list[Any]:
-    names = [name for name in vars(model) if name.endswith("_hooks") and getattr(model, name)]
-    return [(type(module), names) for module in model.modules() for name in names if getattr(module, name)] + [
-        module for module in model.modules() if hasattr(module, "_hf_hook")
-    ]
-
-
 def test_the_next_training_step_is_the_same_with_and_without_a_validation(
     checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
