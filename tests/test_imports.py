@@ -15,6 +15,7 @@ PACKAGE = Path(cogvideox_factory.__file__).parent
 ALLOWED: dict[str, set[str]] = {
     "": set(),  # the package's own __init__: version and map
     "config": {""},
+    "command_line": {"", "config"},
     "stopping": set(),
     "progress": set(),
     "run_folder": set(),
@@ -22,12 +23,17 @@ ALLOWED: dict[str, set[str]] = {
     "model": {"config", "progress", "stopping"},
     "memory": {"config", "data", "model", "progress", "stopping"},
     "prepare": {"config", "data", "model", "memory", "progress", "stopping"},
+    "contact_sheet": set(),
+    "inspection": {"config", "contact_sheet", "data", "model", "prepare", "progress", "stopping"},
     "sampling": {"run_folder", "config", "data", "model", "memory", "progress", "stopping"},
     "training": {"run_folder", "config", "data", "model", "memory", "prepare", "sampling", "progress", "stopping"},
     "planning": {"config", "data", "model", "memory", "prepare", "sampling", "training", "progress", "stopping"},
     "report": {"config"},
     "demo": {"config", "data"},
-    "cli": {*("", "config", "demo", "prepare", "sampling", "training", "planning", "report", "progress", "stopping")},
+    "cli": {
+        *("", "config", "command_line", "demo", "inspection", "prepare", "sampling", "training", "planning", "report"),
+        *("progress", "stopping"),
+    },
     "__main__": {"cli"},
 }
 

@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from cogvideox_factory.config import LoraOptions, SamplingOptions, Train, UserError, parse_command, write_config
+from cogvideox_factory.command_line import parse_command
+from cogvideox_factory.config import LoraOptions, SamplingOptions, Train, UserError, write_config
 from cogvideox_factory.data.buckets import Bucket
 from cogvideox_factory.demo.tiny_model import build_tiny_pipeline
 from cogvideox_factory.model.adapters import LORA_FILE, attach_lora, save_lora, trainable_parameters

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from cogvideox_factory import __version__
+from cogvideox_factory.command_line import overview, parse_command, print_error
 from cogvideox_factory.config import (
     COMMANDS,
     Demo,
@@ -26,9 +27,6 @@ from cogvideox_factory.config import (
     Train,
     UserError,
     nearest,
-    overview,
-    parse_command,
-    print_error,
 )
 from cogvideox_factory.progress import AboveBarHandler
 

@@ -1,7 +1,7 @@
 """Every option, declared once, with its help text, its check and its YAML name.
 
-The dataclasses below are the command line: tyro turns each field into a flag of the same name, in the group of its
-class, and the string under a field into its help. The same names are the keys of a YAML file given with
+The dataclasses below are the command line: `command_line.py` turns each field into a flag of the same name, in the
+group of its class, and the string under a field into its help. The same names are the keys of a YAML file given with
 ``--config``. A command is a class that lists the groups it needs, so no option is declared twice.
 
 Rejected: argparse declarations beside a dataclass (each option then stands in three places), and a dictionary of
@@ -14,10 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import inspect
 import math
-import sys
-import types
 import typing
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -136,18 +133,30 @@ class DataOptions:
     """Folder of the data set. Paths in its lists are relative to it. With --load_tensors: a folder that
     `prepare` wrote."""
     dataset_file: PathOption = None
-    """A CSV file with a column of videos and one of captions. Without it, two text files in --data_root are read,
-    one line a clip."""
+    """A CSV or JSONL file with a column of videos and one of captions. Without it, the folder is read as what it
+    holds: prompts.txt with videos.txt, metadata.jsonl or metadata.csv, or videos each with a .txt beside it."""
     video_column: str = "video"
-    """Column of the CSV that holds the paths of the videos. Without a CSV: the name of the text file, default
-    videos.txt."""
+    """Column that holds the paths of the videos (where it is absent, file_name is taken). Without columns: the name
+    of the text file, default videos.txt."""
     caption_column: str = "text"
-    """Column of the CSV that holds the captions. Without a CSV: the name of the text file, default prompts.txt."""
+    """Column that holds the captions (where it is absent, caption or prompt is taken). Without columns: the name of
+    the text file, default prompts.txt."""
+    allow_outside_paths: bool = False
+    """Accept paths of clips that lead out of --data_root."""
     id_token: Text = None
     """A word put before every caption, by which the trained model is later called."""
-    frame_buckets: Annotated[tuple[int, ...], AtLeast(8)] = ()
+    frame_buckets: Annotated[tuple[int, ...], AtLeast(1)] = ()
     """Numbers of frames to train on (8k or 8k+1). A clip goes to the largest that it fills. Default: the
     checkpoint's."""
+    frame_extraction: Literal["head", "center", "uniform", "slide"] = "head"
+    """Which frames of a longer clip are used. head: from its start. center: around its middle. uniform:
+    --num_excerpts excerpts, evenly spread. slide: an excerpt every --excerpt_stride frames. Each excerpt counts as
+    a clip of its own."""
+    num_excerpts: Count = None
+    """Excerpts of a clip with uniform (default 4), or at most so many with slide (default: all)."""
+    excerpt_stride: Count = None
+    """Frames, at the training rate, from one excerpt to the next with slide. Default: the length of an excerpt, so
+    that none overlap."""
     height_buckets: Annotated[tuple[int, ...], AtLeast(16)] = ()
     """Heights to train on, in pixels. Default: the checkpoint's native height."""
     width_buckets: Annotated[tuple[int, ...], AtLeast(16)] = ()
@@ -162,10 +171,17 @@ class DataOptions:
     """Frames of the source to leave out at the start of every clip."""
     skip_frames_end: Annotated[int, AtLeast(0)] = 0
     """Frames of the source to leave out at the end of every clip."""
-    video_reshape_mode: Literal["center", "none"] = "center"
-    """center: scale to cover the bucket and crop around the centre, never stretching. none: stretch to the bucket."""
+    video_reshape_mode: Literal["center", "random", "none"] = "center"
+    """center: scale to cover the bucket and crop around the centre, never stretching. random: crop anywhere, once for
+    a whole clip. none: stretch to the bucket."""
+    random_flip: Annotated[float, Within(0, 1)] = 0.0
+    """Share of what is shown that is mirrored, always a whole clip. Leave it at 0 where left and right matter."""
+    num_variants: Annotated[int, AtLeast(1)] = 4
+    """Versions of a clip that are encoded where crops or flips are random; every epoch draws one of them."""
+    num_decode_workers: Annotated[int, AtLeast(0), tyro.conf.arg(aliases=["--num_decode_threads"])] = 2
+    """Processes that decode clips ahead of the encoder. 0: decode in the program's own process."""
     strict: bool = False
-    """Stop at the first clip that cannot be used, instead of naming and skipping it."""
+    """A clip that cannot be used ends the command with exit code 2, instead of being named and skipped."""
 
 
 @option_group
@@ -180,6 +196,8 @@ class EncodingOptions:
     """Let the VAE work on one clip at a time where several come together."""
     use_tiling: bool = False
     """Let the VAE work tile by tile: much less memory, slightly different latents at the seams."""
+    num_image_draws: Annotated[int, AtLeast(1)] = 4
+    """Image-to-video models: noised first frames of a clip that are encoded; every epoch draws one of them."""
 
 
 @option_group
@@ -214,6 +232,9 @@ class TrainingOptions:
     gradient_checkpointing: bool = False
     """Recompute each block in the backward pass instead of keeping its activations: far less memory, about a third
     more time."""
+    drop_last: bool = False
+    """Leave out the clips of a bucket that do not fill a batch, anew in each epoch. Default: they make a smaller
+    batch, so that every clip is seen once an epoch."""
     caption_dropout: Annotated[float, Within(0, 1)] = 0.1
     """Share of clips that are shown with an empty caption, which classifier-free guidance needs."""
     checkpointing_steps: Annotated[int, AtLeast(1)] = 500
@@ -313,6 +334,32 @@ class Demo:
     """Folder for everything that the demo makes. It is emptied first if an earlier demo wrote it."""
     seed: Annotated[int, Within(0, 2**63 - 1)] = 42
     """Seed of the clips, the tiny model and the training."""
+
+
+@option_group
+class Inspect:
+    """Show what training would see of a data set, and every problem in it, before a GPU is rented.
+
+    Decodes every clip as `prepare` would, prints a table of buckets and a list of problems with their remedies, and
+    writes a contact sheet of the frames exactly as the model will get them.
+    """
+
+    model: ModelOptions = field(default_factory=ModelOptions)
+    data: DataOptions = field(default_factory=DataOptions)
+    max_sequence_length: Count = None
+    """Tokens of a caption that the text encoder reads. Default: the checkpoint's (226)."""
+    output_dir: Path = Path("runs/inspect")
+    """Folder for contact_sheet.png, contact_sheet.html and inspection.json."""
+    num_rows: Annotated[int, AtLeast(1)] = 40
+    """Clips on the contact sheet: all, or so many spread evenly over the data set."""
+    json: bool = False
+    """Print one JSON object on standard output, for programs."""
+
+    required = ("pretrained_model_name_or_path", "data_root")
+    example = (
+        "cogvideox-factory inspect --pretrained_model_name_or_path THUDM/CogVideoX-5b --data_root data/steamboat "
+        "--height_buckets 480 720 --width_buckets 480 720"
+    )
 
 
 @option_group
@@ -419,42 +466,15 @@ NEEDLESS: dict[type, dict[str, str]] = {
         "save_latents_and_embeddings": "latents and embeddings are always saved",
         "save_image_latents": "what image-to-video models need is saved for them by itself",
         "batch_size": "clips are encoded one by one, which gives the same tensors and needs the least memory",
-        "num_decode_threads": "decoding uses all cores",
         "num_artifact_workers": "each clip is written as soon as it is encoded",
-        "seed": "nothing in `prepare` is random: every epoch draws anew from the stored distribution",
+        "seed": "crops, flips and noise are keyed by the clip, the same whenever it is prepared",
     },
 }
-AnyCommand = TypeVar("AnyCommand")
-
-
-def parse_command(command_class: type[AnyCommand], name: str, arguments: Sequence[str]) -> AnyCommand:
-    """Options of a command from its flags: a flag wins over the YAML of --config, which wins over the default.
-
-    Raises UserError for a YAML file that cannot be used, a value that fails its check, or a required option that is
-    missing; exits with code 2 and a message for flags that cannot be parsed.
-    """
-    arguments, yaml_file = _take_config_flag(list(arguments))
-    arguments = _drop_needless(arguments, NEEDLESS.get(command_class, {}))
-    from_yaml = _flags_from_yaml(yaml_file, command_class) if yaml_file else []
-    options = tyro.cli(
-        command_class,
-        prog=f"cogvideox-factory {name}",
-        description=_description(command_class),
-        args=[*from_yaml, *arguments],
-        use_underscores=True,
-        config=(tyro.conf.OmitArgPrefixes,),
-    )
-    values = option_values(options)
-    for required in getattr(command_class, "required", ()):
-        if values[required] is None:
-            raise UserError(f"--{required} is missing. Example: {getattr(command_class, 'example', '')}")
-    _check_values(options)
-    return options
 
 
 def option_values(options: Any) -> dict[str, Any]:
     """All options of a command as one flat mapping, in the order of their declaration."""
-    return {name: getattr(owner, name) for owner, name, _ in _walk(options)}
+    return {name: getattr(owner, name) for owner, name, _ in walk_options(options)}
 
 
 def write_config(options: Command, path: Path) -> None:
@@ -482,13 +502,13 @@ def nearest(name: str, known: Sequence[str]) -> str:
     return f"; did you mean {matches[0]}?" if matches else ""
 
 
-def _walk(options: Any) -> Iterator[tuple[Any, str, Any]]:
+def walk_options(options: Any) -> Iterator[tuple[Any, str, Any]]:
     """(owner, option name, annotation) of every option, groups opened."""
     hints = typing.get_type_hints(type(options), include_extras=True)
     for item in dataclasses.fields(options):
         value = getattr(options, item.name)
         if dataclasses.is_dataclass(value):
-            yield from _walk(value)
+            yield from walk_options(value)
         else:
             yield options, item.name, hints[item.name]
 
@@ -500,111 +520,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, tuple):
         return list(value)
     return value
-
-
-def _take_config_flag(arguments: list[str]) -> tuple[list[str], Path | None]:
-    """Arguments without --config, and its value."""
-    for index, argument in enumerate(arguments):
-        flag, equals, value = argument.partition("=")
-        if flag != "--config":
-            continue
-        if not equals:
-            if index + 1 == len(arguments):
-                raise UserError("--config needs a YAML file")
-            value = arguments[index + 1]
-        return arguments[:index] + arguments[index + (1 if equals else 2) :], Path(value)
-    return arguments, None
-
-
-def _drop_needless(arguments: list[str], needless: dict[str, str]) -> list[str]:
-    """Arguments without the flags that have become needless and their values."""
-    kept: list[str] = []
-    is_dropping = False
-    for argument in arguments:
-        if argument.startswith("--"):
-            name = argument[2:].partition("=")[0]
-            is_dropping = name in needless
-            if is_dropping:
-                print(f"--{name} is no longer needed: {needless[name]}", file=sys.stderr)
-        if not is_dropping:
-            kept.append(argument)
-    return kept
-
-
-def _flags_from_yaml(path: Path, command_class: type) -> list[str]:
-    """A YAML file as flags, so that a value means the same in both places and is checked by the same parser."""
-    own = option_values(command_class())
-    known = {name for command in COMMANDS.values() for name in option_values(command())}
-    flags: list[str] = []
-    for name, value in read_config(path).items():
-        if name == "version":  # of the program that wrote a run's config.yaml
-            continue
-        if name not in known:
-            raise UserError(f"{path}: unknown option {name}{nearest(str(name), sorted(known))}")
-        if name not in own or value is None:  # a recipe serves several commands
-            continue
-        if isinstance(value, bool) and not isinstance(own[name], bool):
-            value = "yes" if value else "no"  # YAML takes a bare yes or no for a truth value
-        if isinstance(value, bool):
-            flags.append(f"--{name}" if value else f"--no_{name}")
-        elif isinstance(value, list):
-            flags += [f"--{name}", *map(str, value)] if value else []
-        elif isinstance(value, dict):
-            raise UserError(f"{path}: {name} must be a value or a list of values, not a mapping")
-        else:
-            flags.append(f"--{name}={value}")
-    return flags
-
-
-def _check_values(options: Any) -> None:
-    for owner, name, annotation in _walk(options):
-        value = getattr(owner, name)
-        for check in _checks(annotation):
-            for number in value if isinstance(value, tuple) else () if value is None else (value,):
-                complaint = check.complaint(number)
-                if complaint:
-                    raise UserError(f"--{name} {number}: {complaint}")
-
-
-def _checks(annotation: Any) -> Iterator[Any]:
-    """The checks in the metadata of an annotation, however deep the aliases nest."""
-    if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
-        for part in typing.get_args(annotation):
-            yield from _checks(part)
-    elif typing.get_origin(annotation) is Annotated:
-        inner, *metadata = typing.get_args(annotation)
-        yield from _checks(inner)
-        yield from (item for item in metadata if hasattr(item, "complaint"))
-
-
-def _description(command_class: type) -> str:
-    example = getattr(command_class, "example", None)
-    lines = inspect.cleandoc(command_class.__doc__ or "")
-    lines += "\n\nAny option can also stand in a YAML file given with --config; a flag wins over the file."
-    return f"{lines}\n\nExample:\n  {example}" if example else lines
-
-
-def overview() -> str:
-    """The text of `cogvideox-factory --help`."""
-    width = max(map(len, COMMANDS)) + 2
-    rows = [
-        f"  {name:<{width}}{' '.join((cls.__doc__ or '').split(chr(10) * 2)[0].split())}"
-        for name, cls in COMMANDS.items()
-    ]
-    return "\n".join(
-        [
-            "CogVideoX Factory: fine-tune CogVideoX video models on your own clips.",
-            "",
-            "usage: cogvideox-factory COMMAND [OPTIONS]",
-            "",
-            *rows,
-            "",
-            "`cogvideox-factory COMMAND --help` explains the options of a command.",
-            f"Version {__version__}.",
-        ]
-    )
-
-
-def print_error(message: str) -> None:
-    """One line for a person, on standard error."""
-    print(f"cogvideox-factory: error: {message}", file=sys.stderr)

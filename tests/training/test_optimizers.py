@@ -13,7 +13,8 @@ from diffusers.optimization import get_scheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cogvideox_factory.config import OptimizerOptions, Train, UserError, parse_command
+from cogvideox_factory.command_line import parse_command
+from cogvideox_factory.config import OptimizerOptions, Train, UserError
 from cogvideox_factory.training.optimizers import OPTIMIZERS, build_optimizer, build_schedule
 
 # Every setting differs from torch's default and from ours.

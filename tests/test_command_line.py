@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from cogvideox_factory.command_line import parse_command
 from cogvideox_factory.config import (
     COMMANDS,
     Prepare,
@@ -16,7 +17,6 @@ from cogvideox_factory.config import (
     Train,
     UserError,
     option_values,
-    parse_command,
     write_config,
 )
 
@@ -104,7 +104,7 @@ def test_a_recipe_may_hold_options_of_other_commands(tmp_path: Path) -> None:
         (("--rank", "0"), "--rank 0: must be 1 or more"),
         (("--caption_dropout", "1.5"), "--caption_dropout 1.5: must be from 0 to 1"),
         (("--learning_rate", "0"), "--learning_rate 0.0: must be more than 0"),
-        (("--frame_buckets", "49", "1"), "--frame_buckets 1: must be 8 or more"),
+        (("--frame_buckets", "49", "0"), "--frame_buckets 0: must be 1 or more"),
         (("--max_train_steps", "-3"), "--max_train_steps -3"),
         (("--fps", "0"), "--fps 0.0"),
         (("--fps", "inf"), "--fps inf"),
@@ -135,10 +135,10 @@ def test_other_names_that_scripts_use_mean_the_same() -> None:
 
 
 def test_needless_flags_are_accepted_and_explained(capsys: pytest.CaptureFixture[str]) -> None:
-    flags = [*REQUIRED, "--save_latents_and_embeddings", "--batch_size", "4", "--num_decode_threads=2", "--fps", "8"]
+    flags = [*REQUIRED, "--save_latents_and_embeddings", "--batch_size", "4", "--num_artifact_workers=2", "--fps", "8"]
     assert parse_command(Prepare, "prepare", flags).data.fps == 8
     messages = capsys.readouterr().err
-    assert all(name in messages for name in ("--save_latents_and_embeddings", "--batch_size", "--num_decode_threads"))
+    assert all(name in messages for name in ("--save_latents_and_embeddings", "--batch_size", "--num_artifact_workers"))
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -1,0 +1,155 @@
+"""A command's options from what was typed: flags, and the YAML file of --config, which becomes flags first.
+
+The declarations stand in `config.py`; tyro turns them into a parser. Rejected: a reader of YAML beside the parser of
+flags, in which a value could come to mean something else.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import tyro
+
+from cogvideox_factory import __version__
+from cogvideox_factory.config import COMMANDS, NEEDLESS, UserError, nearest, option_values, read_config, walk_options
+
+AnyCommand = TypeVar("AnyCommand")
+
+
+def parse_command(command_class: type[AnyCommand], name: str, arguments: Sequence[str]) -> AnyCommand:
+    """Options of a command from its flags: a flag wins over the YAML of --config, which wins over the default.
+
+    Raises UserError for a YAML file that cannot be used, a value that fails its check, or a required option that is
+    missing; exits with code 2 and a message for flags that cannot be parsed.
+    """
+    arguments, yaml_file = _take_config_flag(list(arguments))
+    arguments = _drop_needless(arguments, NEEDLESS.get(command_class, {}))
+    from_yaml = _flags_from_yaml(yaml_file, command_class) if yaml_file else []
+    options = tyro.cli(
+        command_class,
+        prog=f"cogvideox-factory {name}",
+        description=_description(command_class),
+        args=[*from_yaml, *arguments],
+        use_underscores=True,
+        config=(tyro.conf.OmitArgPrefixes,),
+    )
+    values = option_values(options)
+    for required in getattr(command_class, "required", ()):
+        if values[required] is None:
+            raise UserError(f"--{required} is missing. Example: {getattr(command_class, 'example', '')}")
+    _check_values(options)
+    return options
+
+
+def _take_config_flag(arguments: list[str]) -> tuple[list[str], Path | None]:
+    """Arguments without --config, and its value."""
+    for index, argument in enumerate(arguments):
+        flag, equals, value = argument.partition("=")
+        if flag != "--config":
+            continue
+        if not equals:
+            if index + 1 == len(arguments):
+                raise UserError("--config needs a YAML file")
+            value = arguments[index + 1]
+        return arguments[:index] + arguments[index + (1 if equals else 2) :], Path(value)
+    return arguments, None
+
+
+def _drop_needless(arguments: list[str], needless: dict[str, str]) -> list[str]:
+    """Arguments without the flags that have become needless and their values."""
+    kept: list[str] = []
+    is_dropping = False
+    for argument in arguments:
+        if argument.startswith("--"):
+            name = argument[2:].partition("=")[0]
+            is_dropping = name in needless
+            if is_dropping:
+                print(f"--{name} is no longer needed: {needless[name]}", file=sys.stderr)
+        if not is_dropping:
+            kept.append(argument)
+    return kept
+
+
+def _flags_from_yaml(path: Path, command_class: type) -> list[str]:
+    """A YAML file as flags, so that a value means the same in both places and is checked by the same parser."""
+    own = option_values(command_class())
+    known = {name for command in COMMANDS.values() for name in option_values(command())}
+    flags: list[str] = []
+    for name, value in read_config(path).items():
+        if name == "version":  # of the program that wrote a run's config.yaml
+            continue
+        if name not in known:
+            raise UserError(f"{path}: unknown option {name}{nearest(str(name), sorted(known))}")
+        if name not in own or value is None:  # a recipe serves several commands
+            continue
+        if isinstance(value, bool) and not isinstance(own[name], bool):
+            value = "yes" if value else "no"  # YAML takes a bare yes or no for a truth value
+        if isinstance(value, bool):
+            flags.append(f"--{name}" if value else f"--no_{name}")
+        elif isinstance(value, list):
+            flags += [f"--{name}", *map(str, value)] if value else []
+        elif isinstance(value, dict):
+            raise UserError(f"{path}: {name} must be a value or a list of values, not a mapping")
+        else:
+            flags.append(f"--{name}={value}")
+    return flags
+
+
+def _check_values(options: Any) -> None:
+    for owner, name, annotation in walk_options(options):
+        value = getattr(owner, name)
+        for check in _checks(annotation):
+            for number in value if isinstance(value, tuple) else () if value is None else (value,):
+                complaint = check.complaint(number)
+                if complaint:
+                    raise UserError(f"--{name} {number}: {complaint}")
+
+
+def _checks(annotation: Any) -> Iterator[Any]:
+    """The checks in the metadata of an annotation, however deep the aliases nest."""
+    if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
+        for part in typing.get_args(annotation):
+            yield from _checks(part)
+    elif typing.get_origin(annotation) is Annotated:
+        inner, *metadata = typing.get_args(annotation)
+        yield from _checks(inner)
+        yield from (item for item in metadata if hasattr(item, "complaint"))
+
+
+def _description(command_class: type) -> str:
+    example = getattr(command_class, "example", None)
+    lines = inspect.cleandoc(command_class.__doc__ or "")
+    lines += "\n\nAny option can also stand in a YAML file given with --config; a flag wins over the file."
+    return f"{lines}\n\nExample:\n  {example}" if example else lines
+
+
+def overview() -> str:
+    """The text of `cogvideox-factory --help`."""
+    width = max(map(len, COMMANDS)) + 2
+    rows = [
+        f"  {name:<{width}}{' '.join((cls.__doc__ or '').split(chr(10) * 2)[0].split())}"
+        for name, cls in COMMANDS.items()
+    ]
+    return "\n".join(
+        [
+            "CogVideoX Factory: fine-tune CogVideoX video models on your own clips.",
+            "",
+            "usage: cogvideox-factory COMMAND [OPTIONS]",
+            "",
+            *rows,
+            "",
+            "`cogvideox-factory COMMAND --help` explains the options of a command.",
+            f"Version {__version__}.",
+        ]
+    )
+
+
+def print_error(message: str) -> None:
+    """One line for a person, on standard error."""
+    print(f"cogvideox-factory: error: {message}", file=sys.stderr)
