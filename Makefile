@@ -25,6 +25,7 @@ format: install
 
 bench: install
 	$(BIN)/python benchmarks/training_step.py
+	$(BIN)/python benchmarks/data_side.py --many_clips 0
 
 install: $(VENV)/.installed
 

@@ -25,8 +25,8 @@ from diffusers import CogVideoXDDIMScheduler, CogVideoXPipeline, CogVideoXTransf
 from peft import LoraConfig
 
 from cogvideox_factory.cli import main as cli
-from cogvideox_factory.data.buckets import Position, Sampler
 from cogvideox_factory.data.loader import Batch, PreparedClips
+from cogvideox_factory.data.sampler import Position, Sampler
 from cogvideox_factory.data.store import PreparedSet
 from cogvideox_factory.demo.clips import render_clips
 from cogvideox_factory.demo.tiny_model import build_tiny_pipeline

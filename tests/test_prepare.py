@@ -17,21 +17,22 @@ import pytest
 import torch
 from av.video.reformatter import Interpolation
 from diffusers import AutoencoderKLCogVideoX, CogVideoXPipeline
-from PIL import Image
+from PIL import Image, ImageOps
 from safetensors.torch import load_file
 
 from cogvideox_factory.config import DataOptions, EncodingOptions, ModelOptions, UserError
-from cogvideox_factory.data import store
 from cogvideox_factory.data.store import Entry, PreparedSet
 from cogvideox_factory.data.video import write_video
 from cogvideox_factory.demo.tiny_model import build_tiny_pipeline
 from cogvideox_factory.model.encoders import TextEncoder, VideoEncoder
 from cogvideox_factory.model.family import Checkpoint, open_checkpoint
-from cogvideox_factory.prepare import check_prepared, prepare, resolve_data_options
+from cogvideox_factory.prepare import check_prepared, encode_prompts, prepare
+from cogvideox_factory.resolve import resolve_data_options
 from cogvideox_factory.stopping import Stopped, StopRequest
 
 CPU = torch.device("cpu")
-SMALL = ("--frame_buckets", "9", "--height_buckets", "32", "--width_buckets", "48")  # a tenth of a second a clip
+# A tenth of a second a clip; with this little to decode, starting processes for it would be most of the work.
+SMALL = ("--frame_buckets", "9", "--height_buckets", "32", "--width_buckets", "48", "--num_decode_workers", "0")
 Run = Callable[..., tuple[int, str]]
 
 
@@ -130,7 +131,7 @@ def tensor_files(output: Path) -> dict[str, bytes]:
 
 
 def latents_of(output: Path, entry: Entry) -> dict[str, torch.Tensor]:
-    return load_file(output / entry.files["latents"])
+    return load_file(output / entry.files["latents"][0])
 
 
 def decoded(path: Path, chosen: list[int], cover: tuple[int, int], bucket: tuple[int, int]) -> list[Image.Image]:
@@ -208,7 +209,7 @@ def test_prompt_embeddings_equal_those_of_the_stock_pipeline_bit_for_bit(
     write_lists(folder, captions)
     assert run(folder, tmp_path / "set")[0] == 0
     prepared = PreparedSet(tmp_path / "set")
-    files = {entry.caption: entry.files["prompt"] for entry in prepared.read_index()}
+    files = {entry.caption: entry.files["prompt"][0] for entry in prepared.read_index()}
     assert list(files) == list(captions.values()) and len(set(files.values())) == 3
     for prompt, file in {**files, "": prepared.read_settings()["empty_prompt"]}.items():
         with torch.no_grad():
@@ -237,7 +238,7 @@ def test_bf16_sees_the_pixels_and_gives_the_embeddings_of_stock_diffusers(
     images = decoded(folder / "c.mp4", list(range(9)), (32, 48), (32, 48))
     with torch.no_grad():
         embeds = pipeline.encode_prompt("a red square", do_classifier_free_guidance=False)[0][0]
-    assert torch.equal(load_file(tmp_path / "set" / entry.files["prompt"])["prompt_embeds"], embeds)
+    assert torch.equal(load_file(tmp_path / "set" / entry.files["prompt"][0])["prompt_embeds"], embeds)
     ours = latents_of(tmp_path / "set", entry)
     for name, value in stock_latents(pipeline, images).items():
         assert ours[name].dtype == torch.bfloat16
@@ -464,23 +465,27 @@ def test_a_request_to_stop_ends_the_work_and_what_is_encoded_is_kept(
     with pytest.raises(Stopped):
         prepare(checkpoint, data, EncodingOptions(), prepared, CPU, stop)
     assert counts.captions == [] and counts.videos == 0
-    write = PreparedSet.write_tensors
-    written: list[str] = []
-    for kind, expected in (("prompts/", (1, 0)), ("latents/", (4, 1))):
+    for encoder, expected in ((TextEncoder, (1, 0)), (VideoEncoder, (4, 1))):
         stop = StopRequest()
+        encode = encoder.encode
 
-        def write_then_ask(store: PreparedSet, file: str, tensors: Any, kind=kind, stop=stop) -> None:
-            write(store, file, tensors)
-            written.append(file)
-            stop.requested = file.startswith(kind)
+        def encode_then_ask(self: Any, given: Any, encode=encode, stop=stop) -> Any:
+            stop.requested = True
+            return encode(self, given)
 
         with monkeypatch.context() as patch:
-            patch.setattr(PreparedSet, "write_tensors", write_then_ask)
+            patch.setattr(encoder, "encode", encode_then_ask)
             with pytest.raises(Stopped, match="start again to go on"):
                 prepare(checkpoint, data, EncodingOptions(), prepared, CPU, stop)
-        assert (len(counts.captions), counts.videos) == expected
-        assert sorted(tensor_files(tmp_path / "set")) == sorted(written)
+            if encoder is TextEncoder:  # one caption a time, so the others follow
+                assert (len(counts.captions), counts.videos) == expected
+        stop = StopRequest()
+        if encoder is TextEncoder:
+            assert len(tensor_files(tmp_path / "set")) == 1
+            encode_prompts(checkpoint, EncodingOptions(), prepared, ["", *read_lists(folder).values()], CPU, stop)
+        assert (len(counts.captions), counts.videos) == (4, expected[1])
         assert not (tmp_path / "set/index.jsonl").exists()
+    assert len(tensor_files(tmp_path / "set")) == 4 + 1
     entries = prepare(checkpoint, data, EncodingOptions(), prepared, CPU, StopRequest())
     assert entries == prepared.read_index() and len(entries) == 3
     assert (len(counts.captions), counts.videos) == (4, 3)  # nothing twice
@@ -507,9 +512,9 @@ def test_sigterm_stops_the_command_with_code_75_after_the_clip_in_hand(
     assert report(tmp_path / "set") == {"clips": 3, "encoded": 2, "reused": 1, "skipped": []}
 
 
-@pytest.mark.parametrize(("nth", "captions", "videos"), [(3, 2, 0), (6, 4, 1)])
+@pytest.mark.parametrize("nth", [3, 6])
 def test_a_run_killed_in_the_middle_of_a_write_and_repeated_equals_one_made_in_one_go(
-    run: Run, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nth: int, captions: int, videos: int
+    run: Run, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nth: int
 ) -> None:
     assert run(folder, tmp_path / "whole")[0] == 0
     flush, writes = os.fsync, []
@@ -521,10 +526,10 @@ def test_a_run_killed_in_the_middle_of_a_write_and_repeated_equals_one_made_in_o
         flush(descriptor)
 
     with monkeypatch.context() as patch:
-        patch.setattr(store.os, "fsync", die_at_the_nth)
+        patch.setattr(os, "fsync", die_at_the_nth)
         assert run(folder, tmp_path / "parts")[0] == 130
     whole, parts = tensor_files(tmp_path / "whole"), tensor_files(tmp_path / "parts")
-    assert len(parts) == nth - 1 and parts.items() <= whole.items()
+    assert nth - 1 <= len(parts) < len(whole) == 7 and parts.items() <= whole.items()
     assert not (tmp_path / "parts/index.jsonl").exists()
     leftover = tmp_path / "parts/latents/.half.safetensors.1.part"  # what a power cut would leave
     leftover.parent.mkdir(exist_ok=True)
@@ -532,8 +537,8 @@ def test_a_run_killed_in_the_middle_of_a_write_and_repeated_equals_one_made_in_o
     with monkeypatch.context() as patch:
         counts = Counts(patch)
         assert run(folder, tmp_path / "parts")[0] == 0
-    assert (len(counts.captions), counts.videos) == (4 - captions, 3 - videos)
-    assert tensor_files(tmp_path / "parts") == whole and len(whole) == 7
+    assert len(counts.captions) + counts.videos == len(whole) - len(parts)
+    assert tensor_files(tmp_path / "parts") == whole
     for name in ("index.jsonl", "settings.json"):
         assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
@@ -541,7 +546,7 @@ def test_a_run_killed_in_the_middle_of_a_write_and_repeated_equals_one_made_in_o
 def test_every_option_that_changes_the_tensors_gives_other_files(run: Run, folder: Path, tmp_path: Path) -> None:
     write_lists(folder, {"a.mp4": "a red square"})
     output = tmp_path / "set"
-    seen: dict[str, set[str]] = {"latents": set(), "prompt": set()}
+    seen: dict[str, set[tuple[str, ...]]] = {"latents": set(), "prompt": set()}
     for flags, changed in (
         ((), {"latents", "prompt"}),
         (("--dtype", "bf16"), {"latents", "prompt"}),
@@ -549,7 +554,8 @@ def test_every_option_that_changes_the_tensors_gives_other_files(run: Run, folde
         (("--max_sequence_length", "16"), {"prompt"}),
         (("--fps", "4"), {"latents"}),
         (("--skip_frames_start", "1"), {"latents"}),
-        (("--video_reshape_mode", "none"), {"latents"}),
+        (("--random_flip", "1"), {"latents"}),
+        (("--video_reshape_mode", "none"), set()),  # this clip has the shape of its bucket
         (("--use_slicing",), set()),  # a way to save memory that leaves the tensors as they are
         (("--dtype", "fp32"), set()),  # as on a CPU without the flag
         (("--max_sequence_length", "226"), set()),  # the checkpoint's
@@ -560,7 +566,7 @@ def test_every_option_that_changes_the_tensors_gives_other_files(run: Run, folde
         assert {kind for kind in seen if entry.files[kind] not in seen[kind]} == changed, flags
         for kind in seen:
             seen[kind].add(entry.files[kind])
-        prompt = load_file(output / entry.files["prompt"])["prompt_embeds"]
+        prompt = load_file(output / entry.files["prompt"][0])["prompt_embeds"]
         assert prompt.shape == (16 if "16" in flags else 226, 32)
         assert prompt.dtype == latents_of(output, entry)["mean"].dtype
         assert prompt.dtype == (torch.bfloat16 if "bf16" in flags else torch.float32)
@@ -611,6 +617,127 @@ def test_a_clip_listed_twice_or_copied_is_encoded_once(run: Run, folder: Path, t
     assert run(folder, tmp_path / "set")[0] == 0
     assert counts.videos == 1
     assert len(PreparedSet(tmp_path / "set").read_index()) == 2
+
+
+# Views: what is random while decoding is stored, to be drawn by the training
+
+
+def test_random_crops_and_flips_are_encoded_as_views_that_equal_stock_diffusers_on_the_cropped_frames(
+    run: Run, folder: Path, tmp_path: Path, stock: CogVideoXPipeline
+) -> None:
+    write_lists(folder, {"a.mp4": "a red square"})
+    flags = ("--video_reshape_mode", "random", "--random_flip", "0.5", "--num_variants", "3")
+    size = (*SMALL[:3], "32", "--width_buckets", "32", *SMALL[6:])  # 96×144 covers it with 32×48: room to the sides
+    code, messages = run(folder, tmp_path / "set", *flags, size=size)
+    assert code == 0, messages
+    (entry,) = PreparedSet(tmp_path / "set").read_index()
+    assert len(entry.files["latents"]) == 3 and len(set(entry.files["latents"])) > 1
+    frames = decoded(folder / "a.mp4", list(range(9)), (32, 48), (32, 48))
+    found = set()
+    for file in entry.files["latents"]:
+        stored = load_file(tmp_path / "set" / file)
+        matches = []
+        for left in range(17):
+            cropped = [image.crop((left, 0, left + 32, 32)) for image in frames]
+            for is_flipped in (False, True):
+                images = [ImageOps.mirror(image) for image in cropped] if is_flipped else cropped
+                error = max(
+                    float((stored[name] - value).abs().max()) for name, value in stock_latents(stock, images).items()
+                )
+                matches += [(left, is_flipped)] if error < 1e-4 else []
+        assert matches
+        found.add(matches[0])
+    assert len(found) == len(set(entry.files["latents"])) and {flip for _, flip in found} == {False, True}
+    assert run(folder, tmp_path / "set", *flags, size=size)[0] == 0
+    assert report(tmp_path / "set")["reused"] == 1  # drawn by the clip, the same again
+
+
+def test_a_flip_of_centred_clips_costs_two_encodings_however_many_views_there_are(
+    run: Run, folder: Path, tmp_path: Path, counts: Counts
+) -> None:
+    assert run(folder, tmp_path / "set", "--random_flip", "0.5", "--num_variants", "8")[0] == 0
+    for entry in PreparedSet(tmp_path / "set").read_index():
+        files = entry.files["latents"]
+        assert len(files) == 8 and sorted(files.count(file) for file in set(files)) == [4, 4]
+    assert counts.videos == 6
+
+
+def test_several_excerpts_of_a_clip_are_entries_of_their_own(
+    run: Run, folder: Path, tmp_path: Path, stock: CogVideoXPipeline
+) -> None:
+    write_lists(folder, {"a.mp4": "a red square"})  # 25 frames at 8 fps
+    flags = ("--frame_extraction", "slide", "--excerpt_stride", "8")
+    assert run(folder, tmp_path / "set", *flags)[0] == 0
+    entries = PreparedSet(tmp_path / "set").read_index()
+    assert [entry.start for entry in entries] == [0.0, 1.0, 2.0]
+    assert len({entry.key for entry in entries}) == 3
+    for number, entry in enumerate(entries):
+        frames = decoded(folder / "a.mp4", list(range(8 * number, 8 * number + 9)), (32, 48), (32, 48))
+        assert_close(latents_of(tmp_path / "set", entry), stock_latents(stock, frames))
+    assert report(tmp_path / "set") == {"clips": 1, "encoded": 1, "reused": 0, "skipped": []}
+
+
+# Image-to-video: draws of the noised first frame
+
+
+@pytest.fixture(scope="module")
+def image_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model as an image-to-video checkpoint, with the same encoders."""
+    path = tmp_path_factory.mktemp("image-model")
+    build_tiny_pipeline(seed=0, num_layers=1, in_channels=16).save_pretrained(path)
+    return path
+
+
+def test_image_to_video_stores_draws_of_the_noised_first_frame_and_reuses_the_videos(
+    run: Run,
+    folder: Path,
+    tmp_path: Path,
+    image_model: Path,
+    cli: Callable[..., tuple[int, str, str]],
+    stock: CogVideoXPipeline,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    output = tmp_path / "set"
+    write_lists(folder, {"a.mp4": "a red square"})
+    assert run(folder, output)[0] == 0
+    image_checkpoint = open_checkpoint(ModelOptions(pretrained_model_name_or_path=str(image_model)))
+    with pytest.raises(UserError, match="lacks the first frames"):
+        check_prepared(image_checkpoint, PreparedSet(output))
+    pixels: list[torch.Tensor] = []
+    encode = AutoencoderKLCogVideoX.encode
+
+    def look(vae: AutoencoderKLCogVideoX, given: torch.Tensor) -> Any:
+        pixels.append(given.clone())
+        return encode(vae, given)
+
+    arguments = ("prepare", "--pretrained_model_name_or_path", image_model, "--data_root", folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(AutoencoderKLCogVideoX, "encode", look)
+        code, _, messages = cli(*arguments, "--output_dir", output, *SMALL, "--num_image_draws", "200")
+    assert code == 0, messages
+    assert [tuple(given.shape) for given in pixels] == [(1, 3, 1, 32, 48)] * 200  # the video is not encoded again
+    assert check_prepared(image_checkpoint, PreparedSet(output))
+    (entry,) = PreparedSet(output).read_index()
+    (image_file,) = entry.files["images"]
+    stored = load_file(output / image_file)
+    assert stored["mean"].shape == (200, 8, 4, 6)
+    (first,) = decoded(folder / "a.mp4", [0], (32, 48), (32, 48))
+    clean = stock.video_processor.preprocess(first)[0]
+    sigmas = []
+    for given, mean in zip(pixels, stored["mean"], strict=True):
+        with torch.no_grad():
+            assert torch.allclose(encode(stock.vae, given).latent_dist.mean[0, :, 0], mean, atol=1e-5)
+        noise = given[0, :, 0] - clean
+        sigmas.append(float(noise.std()))
+        assert abs(float(noise.mean())) < 0.1 * sigmas[-1]
+    logs = torch.tensor(sigmas).log()
+    assert abs(float(logs.mean()) + 3.0) < 0.15 and abs(float(logs.std()) - 0.5) < 0.1  # of 200 draws
+    before = tensor_files(output)
+    assert cli(*arguments, "--output_dir", output, *SMALL, "--num_image_draws", "200")[0] == 0
+    assert tensor_files(output) == before and report(output)["reused"] == 1
+    again = tmp_path / "again"
+    assert cli(*arguments, "--output_dir", again, *SMALL, "--num_image_draws", "200")[0] == 0
+    assert tensor_files(again).items() <= before.items()  # the same noise wherever it is made
 
 
 def test_a_folder_that_cannot_be_written_to_is_named(run: Run, folder: Path, tmp_path: Path) -> None:

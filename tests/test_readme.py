@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import av
@@ -15,8 +16,10 @@ import pytest
 from cogvideox_factory.cli import main
 from cogvideox_factory.config import COMMANDS, option_values
 
+Cli = Callable[..., tuple[int, str, str]]
 ROOT = Path(__file__).parent.parent
 READMES = ("README.md", "README_zh.md")
+DATASET_GUIDE = "docs/dataset.md"
 
 
 @pytest.fixture(scope="module")
@@ -47,10 +50,10 @@ def test_the_diffusers_snippet_runs(readme: str, run: Path, tiny_model: Path, tm
         assert sum(1 for _ in video.decode(video=0)) == 17
 
 
-@pytest.mark.parametrize("file", [*READMES, *(path.name for path in ROOT.glob("*.sh"))])
+@pytest.mark.parametrize("file", [*READMES, DATASET_GUIDE, *(path.name for path in ROOT.glob("*.sh"))])
 def test_every_option_that_is_named_exists(file: str) -> None:
     known = {name for command in COMMANDS.values() for name in option_values(command())}
-    known |= {"config", "help", "repo-type", "local-dir", "config_file", "model_id"}
+    known |= {"config", "help", "repo-type", "local-dir", "config_file", "model_id", "num_processes"}
     text = (ROOT / file).read_text()
     named = set(re.findall(r"(?<![\w-])--([a-z][\w-]*)", text))
     assert named and not named - known
@@ -99,3 +102,28 @@ def test_the_path_that_guides_name_prepares(tiny_model: Path, clips: Path, tmp_p
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert len((tmp_path / "out/index.jsonl").read_text().splitlines()) == 12
+
+
+def test_the_commands_of_the_guide_to_data_sets_give_what_it_shows(
+    tiny_model: Path, clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Cli
+) -> None:
+    text = (ROOT / DATASET_GUIDE).read_text()
+    monkeypatch.chdir(tmp_path)
+    for name, folder in (("model", tiny_model), ("clips", clips)):
+        link = tmp_path / "runs/demo" / name
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(folder)
+    blocks = "\n".join(re.findall(r"```bash\n(.*?)```", text, re.DOTALL)).replace("\\\n", " ")
+    commands = [line for line in blocks.splitlines() if line.startswith("cogvideox-factory ")]
+    shown = {}
+    for command in commands:
+        _, name, *arguments = shlex.split(command)
+        code, shown[name], messages = cli(name, *arguments)
+        assert code == 0, messages
+    assert list(shown) == ["inspect", "prepare", "train"]
+    (table,) = re.findall(r"```\n(bucket .*?)```", text, re.DOTALL)
+    assert table in shown["inspect"]
+    assert len((tmp_path / "runs/trained/metrics.jsonl").read_text().splitlines()) == 10
+    listed = re.findall(r"^  (\w[\w.]*)/? ", text[text.index("runs/demo/prepared/\n") :].split("```")[0], re.MULTILINE)
+    missing = {name for name in listed if not (tmp_path / "runs/demo/prepared" / name).exists()}
+    assert missing == {"images"}  # only image-to-video models have them

@@ -3,17 +3,24 @@
 A clip becomes latents once; a batch of latents becomes a loss. The map, in the order in which a clip travels:
 
     config.py           every option, declared once
+    command_line.py     flags and YAML → options
     data/clips.py       lists of videos and captions → Clip
-    data/buckets.py     which clip goes to which size; the order in which clips are drawn
-    data/video.py       decode at a frame rate, crop and resize; write mp4
+    data/video.py       decode at given times, scaled and cut; write mp4
+    data/buckets.py     which clip goes to which size
+    data/excerpts.py    what of a clip training sees
+    data/decoding.py    decode ahead, in processes of their own
+    data/files.py       files that are complete or absent
     data/store.py       the prepared set on disk
+    data/sampler.py     the order in which clips are drawn
     data/loader.py      prepared clips → Batch
     model/device.py     the device that works
     model/family.py     what a checkpoint is, read from its own config files
     model/encoders.py   text → embeddings, pixels → raw latents
     model/denoiser.py   one forward pass for the whole family
     model/adapters.py   LoRA: attach, save with metadata, load
+    resolve.py          what the checkpoint decides where the user did not
     prepare.py          data + encoders → prepared set
+    inspection.py       a data set as training would see it, with its problems
     sampling.py         videos from a pipeline in memory
     training/           objective, optimizers, checkpoint, metrics, and the loop that one reads top-down
     report.py           run folder → report.html

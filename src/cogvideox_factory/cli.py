@@ -20,6 +20,7 @@ from cogvideox_factory.command_line import overview, parse_command, print_error
 from cogvideox_factory.config import (
     COMMANDS,
     Demo,
+    Inspect,
     Prepare,
     Report,
     RunError,
@@ -99,6 +100,12 @@ def run_demo(options: Demo) -> None:
     run(options, main)
 
 
+def run_inspect(options: Inspect) -> None:
+    from cogvideox_factory.inspection import run
+
+    run(options)
+
+
 def run_prepare(options: Prepare) -> None:
     from cogvideox_factory.prepare import run
 
@@ -133,6 +140,7 @@ def run_report(options: Report) -> None:
 
 RUN: dict[str, Callable[[Any], None]] = {
     "demo": run_demo,
+    "inspect": run_inspect,
     "prepare": run_prepare,
     "train": run_train,
     "sample": run_sample,

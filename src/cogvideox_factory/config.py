@@ -133,16 +133,16 @@ class DataOptions:
     """Folder of the data set. Paths in its lists are relative to it. With --load_tensors: a folder that
     `prepare` wrote."""
     dataset_file: PathOption = None
-    """A CSV or JSONL file with a column of videos and one of captions. Without it, the folder is read as what it
+    """A CSV, JSONL or JSON file with a column of videos and one of captions. Without it, the folder is read as what it
     holds: prompts.txt with videos.txt, metadata.jsonl or metadata.csv, or videos each with a .txt beside it."""
     video_column: str = "video"
-    """Column that holds the paths of the videos (where it is absent, file_name is taken). Without columns: the name
-    of the text file, default videos.txt."""
+    """Column that holds the paths of the videos (where it is absent, file_name or path is taken). Without columns:
+    the name of the text file, default videos.txt."""
     caption_column: str = "text"
     """Column that holds the captions (where it is absent, caption or prompt is taken). Without columns: the name of
     the text file, default prompts.txt."""
     allow_outside_paths: bool = False
-    """Accept paths of clips that lead out of --data_root."""
+    """Accept paths of clips that lead out of --data_root, judged as they are written: links in it may lead anywhere."""
     id_token: Text = None
     """A word put before every caption, by which the trained model is later called."""
     frame_buckets: Annotated[tuple[int, ...], AtLeast(1)] = ()
@@ -452,9 +452,10 @@ class Report:
     example = "cogvideox-factory report --run runs/steamboat"
 
 
-Command = Demo | Prepare | Train | Sample | Report
+Command = Demo | Inspect | Prepare | Train | Sample | Report
 COMMANDS: dict[str, type[Command]] = {
     "demo": Demo,
+    "inspect": Inspect,
     "prepare": Prepare,
     "train": Train,
     "sample": Sample,

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from cogvideox_factory.config import ModelOptions, RunError, Sample, SamplingOptions, UserError, read_config
-from cogvideox_factory.data.store import make_output_folder, write_durably
+from cogvideox_factory.data.files import make_output_folder, write_durably
 from cogvideox_factory.data.video import write_video
 from cogvideox_factory.model.adapters import LORA_FILE, check_lora_fits, find_lora
 from cogvideox_factory.model.device import default_device

@@ -10,8 +10,9 @@ import pytest
 import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
-from cogvideox_factory.data.buckets import Bucket, Position, Sampler
+from cogvideox_factory.data.buckets import Bucket
 from cogvideox_factory.data.loader import Batch, PreparedClips, StepBatches, clip_generator, load_steps
+from cogvideox_factory.data.sampler import Position, Sampler
 from cogvideox_factory.data.store import DamagedEntry, Entry, PreparedSet
 
 LONG, SHORT = Bucket(17, 16, 24), Bucket(9, 16, 24)
@@ -33,10 +34,11 @@ def small_set(tmp_path_factory: pytest.TempPathFactory) -> tuple[PreparedSet, li
     entries = []
     for index, bucket in enumerate(BUCKETS):
         shape = (CHANNELS, (bucket.frames - 1) // 4 + 1, HEIGHT, WIDTH)
-        files = {"latents": prepared.latents_file(f"clip{index}"), "prompt": prepared.prompt_file(f"caption{index}")}
+        latents_file, prompt_file = prepared.latents_file(f"clip{index}"), prepared.prompt_file(f"caption{index}")
+        files = {"latents": (latents_file,), "prompt": (prompt_file,)}
         latents = {name: torch.randn(shape, generator=generator) for name in ("mean", "logvar")}
-        prepared.write_tensors(files["latents"], latents)
-        prepared.write_tensors(files["prompt"], {"prompt_embeds": torch.full((4, 6), float(index))})
+        prepared.write_tensors(files["latents"][0], latents)
+        prepared.write_tensors(files["prompt"][0], {"prompt_embeds": torch.full((4, 6), float(index))})
         entries.append(Entry(f"{index}.mp4", f"caption {index}", bucket, files, key=f"key{index}"))
     return prepared, entries
 
@@ -124,10 +126,10 @@ def test_a_generator_is_keyed_by_all_of_seed_epoch_and_clip() -> None:
 def test_latents_are_drawn_from_the_stored_distribution_as_diffusers_draws(small_set, multiple: int) -> None:
     clips = clips_of(small_set, latent_frame_multiple=multiple)
     for index, tensors in one_by_one(clips, epoch=4).items():
-        stored = clips.prepared.read_tensors(clips.entries[index].files["latents"])
+        stored = clips.prepared.read_tensors(clips.entries[index].files["latents"][0])
         distribution = DiagonalGaussianDistribution(torch.cat([stored["mean"], stored["logvar"]])[None])
         generator = clip_generator(SEED, 4, f"key{index}")
-        quantile, _ = torch.rand(2, generator=generator)
+        quantile, *_ = torch.rand(3, generator=generator)
         frames = stored["mean"].shape[1]
         eps = torch.randn((frames, CHANNELS, HEIGHT, WIDTH), generator=generator)
         sample = distribution.mean + distribution.std * eps.transpose(0, 1)
@@ -138,7 +140,7 @@ def test_latents_are_drawn_from_the_stored_distribution_as_diffusers_draws(small
 
 def test_the_draws_are_standard_normal_uniform_and_independent(small_set) -> None:
     clips = clips_of(small_set)
-    stored = [clips.prepared.read_tensors(entry.files["latents"]) for entry in clips.entries]
+    stored = [clips.prepared.read_tensors(entry.files["latents"][0]) for entry in clips.entries]
     eps, noise, quantiles = [], [], []
     for epoch in range(60):
         for index, tensors in one_by_one(clips, epoch).items():
@@ -164,10 +166,10 @@ def test_half_precision_on_disk_is_drawn_in_fp32(tmp_path: Path) -> None:
     mean, logvar = (torch.randn(2, 3, 2, 2).bfloat16() for _ in range(2))
     prepared.write_tensors("latents/a.safetensors", {"mean": mean, "logvar": logvar})
     prepared.write_tensors(EMPTY, {"prompt_embeds": torch.ones(4, 6, dtype=torch.bfloat16)})
-    entry = Entry("a.mp4", "a", SHORT, {"latents": "latents/a.safetensors", "prompt": EMPTY}, "a")
+    entry = Entry("a.mp4", "a", SHORT, {"latents": ("latents/a.safetensors",), "prompt": (EMPTY,)}, "a")
     batch = PreparedClips(prepared, [entry], EMPTY, seed=1, caption_dropout=0.0)[Position(), [[[0]]]].batches[0]
     generator = clip_generator(1, 0, "a")
-    torch.rand(2, generator=generator)
+    torch.rand(3, generator=generator)
     eps = torch.randn((3, 2, 2, 2), generator=generator)
     expected = mean.float().transpose(0, 1) + torch.exp(0.5 * logvar.float().transpose(0, 1)) * eps
     assert torch.equal(batch.raw_latents[0], expected) and batch.noise.dtype == torch.float32
@@ -246,7 +248,7 @@ def test_a_batch_moves_as_a_whole(small_set) -> None:
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_a_tensor_file_that_is_gone_is_named(small_set, num_workers: int) -> None:
     prepared, entries = small_set
-    gone = [replace(entry, files={**entry.files, "latents": "latents/gone.safetensors"}) for entry in entries]
+    gone = [replace(entry, files={**entry.files, "latents": ("latents/gone.safetensors",)}) for entry in entries]
     clips = PreparedClips(prepared, gone, EMPTY, seed=SEED, caption_dropout=0.0)
     steps = load_steps(clips, Sampler(BUCKETS, 2), Position(), num_workers=num_workers)
     with pytest.raises(DamagedEntry, match=r"latents/gone\.safetensors cannot be read"):

@@ -16,14 +16,15 @@ from safetensors import safe_open
 
 from cogvideox_factory.config import UserError
 from cogvideox_factory.data.buckets import Bucket
-from cogvideox_factory.data.store import DamagedEntry, Entry, PreparedSet, hash_of, hash_of_file, write_durably
+from cogvideox_factory.data.files import hash_of, hash_of_file, write_durably
+from cogvideox_factory.data.store import DamagedEntry, Entry, PreparedSet
 
 LATENTS = PreparedSet.latents_file("k1")
 SETTINGS = {"fps": 8.0, "empty_prompt": "prompts/empty.safetensors"}
 
 
 def entry(source: str = "a.mp4", caption: str = "a cat", key: str = "k1") -> Entry:
-    files = {"latents": PreparedSet.latents_file(key), "prompt": PreparedSet.prompt_file(key)}
+    files = {"latents": (PreparedSet.latents_file(key),), "prompt": (PreparedSet.prompt_file(key),)}
     return Entry(source, caption, Bucket(17, 64, 96), files, key)
 
 
@@ -215,7 +216,8 @@ def test_the_index_holds_a_line_a_clip_with_all_of_its_fields(tmp_path: Path) ->
         "source": "a.mp4",
         "caption": "a cat",
         "bucket": [17, 64, 96],
-        "files": {"latents": "latents/k1.safetensors", "prompt": "prompts/k1.safetensors"},
+        "files": {"latents": ["latents/k1.safetensors"], "prompt": ["prompts/k1.safetensors"]},
+        "start": 0.0,
         "key": "k1",
     }
 

@@ -14,8 +14,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cogvideox_factory.config import DataOptions
 from cogvideox_factory.data.buckets import Bucket
-from cogvideox_factory.data.video import Timeline, VideoError, read_frames, read_timeline, write_video
+from cogvideox_factory.data.excerpts import choose_views, scaled_size
+from cogvideox_factory.data.video import (
+    Box,
+    FrameRequest,
+    Timeline,
+    VideoError,
+    read_frames,
+    read_timeline,
+    write_video,
+)
 
 HEIGHT, WIDTH = 48, 64
 LOSSLESS_H264 = {"crf": "0", "preset": "ultrafast"}
@@ -79,9 +89,23 @@ def numbered_file(folder: Path, count: int, rate: Fraction | int = 30, name: str
     return video_file(folder / f"numbered.{ending}", [numbered(n) for n in range(count)], rate, codec, options, **more)
 
 
-def numbers_at(path: Path, times: Sequence[float] | np.ndarray, reshape_mode: str = "center") -> list[int]:
-    timeline = read_timeline(path)
-    frames = read_frames(path, timeline, np.asarray(times), Bucket(len(times), HEIGHT, WIDTH), reshape_mode)
+def request_for(
+    path: Path,
+    timeline: Timeline,
+    times: Sequence[float] | np.ndarray,
+    height: int = HEIGHT,
+    width: int = WIDTH,
+    reshape_mode: Any = "center",
+) -> FrameRequest:
+    """What is asked for where a clip of this timeline goes to a bucket of this size."""
+    bucket = Bucket(len(times), height, width)
+    size = scaled_size(timeline.height, timeline.width, bucket, reshape_mode)
+    (view,) = choose_views(size, bucket, DataOptions(video_reshape_mode=reshape_mode), seed="")
+    return FrameRequest(path, timeline, np.asarray(times), *size, Box(view.top, view.left, height, width))
+
+
+def numbers_at(path: Path, times: Sequence[float] | np.ndarray) -> list[int]:
+    frames = read_frames(request_for(path, read_timeline(path), times))
     assert frames.shape == (len(times), HEIGHT, WIDTH, 3) and frames.dtype == np.uint8
     return [number_of(frame) for frame in frames]
 
@@ -266,8 +290,8 @@ def test_skips_count_frames_of_the_source_not_time() -> None:
 
 
 def one_picture(path: Path, bucket: Bucket, reshape_mode: str) -> np.ndarray:
-    timeline = read_timeline(path)
-    return read_frames(path, timeline, np.zeros(1), bucket, reshape_mode)[0]
+    """The first frame at the size of a bucket."""
+    return read_frames(request_for(path, read_timeline(path), [0.0], bucket.height, bucket.width, reshape_mode))[0]
 
 
 def disc(height: int, width: int, radius: float) -> np.ndarray:
@@ -386,15 +410,80 @@ def test_a_circle_stays_round_where_the_files_pixels_are_not_square(tmp_path: Pa
     assert extent(one_picture(path, Bucket(1, 96, 96), "center")) == pytest.approx((80, 80), abs=3)
 
 
+def test_an_angle_between_quarter_turns_counts_as_the_nearest(tmp_path: Path) -> None:
+    stored = np.full((48, 80, 3), 20, dtype=np.uint8)
+    stored[:16, :16] = 230
+    for degrees, turns in ((40, 0), (100, 1), (-95, -1), (170, 2)):
+
+        def turn(stream: Any, degrees: int = degrees) -> None:
+            stream.set_display_rotation(degrees)
+
+        path = video_file(tmp_path / "askew.mp4", [stored], change_stream=turn)
+        with av.open(str(path)) as container:
+            assert abs(abs(next(container.decode(video=0)).rotation) - abs(degrees)) <= 1
+        shown = np.rot90(stored, turns)
+        image = one_picture(path, Bucket(1, *shown.shape[:2]), "center").astype(float)
+        assert np.abs(image - shown).mean() < 6
+
+
+@pytest.mark.parametrize(("top", "left", "height", "width"), [(0, 0, 48, 64), (3, 5, 20, 30), (47, 63, 1, 1)])
+@pytest.mark.parametrize("degrees", [0, 90])
+def test_a_box_is_cut_out_of_the_scaled_picture_as_it_is_shown(
+    tmp_path: Path, top: int, left: int, height: int, width: int, degrees: int
+) -> None:
+    rows, columns = np.mgrid[:48, :64]
+    shown = np.stack([rows * 4 + 20, columns * 3 + 20, np.full((48, 64), 90)], axis=-1).astype(np.uint8)
+    path = video_file(
+        tmp_path / "ramps.mp4",
+        [np.ascontiguousarray(np.rot90(shown, -degrees // 90))],
+        change_stream=lambda stream: stream.set_display_rotation(degrees),
+    )
+    timeline = read_timeline(path)
+    request = FrameRequest(path, timeline, np.zeros(1), 48, 64, Box(top, left, height, width))
+    assert request.shape == (1, height, width, 3)
+    cut = read_frames(request)
+    assert cut.shape == request.shape
+    np.testing.assert_allclose(cut[0].astype(float), shown[top : top + height, left : left + width], atol=6)
+
+
+# Pictures that change within a file
+
+
+def joined(folder: Path, ending: str, first: tuple[int, int], second: tuple[int, int]) -> Path:
+    """A file whose picture has one height and width in its first 20 frames and another in the 20 that follow."""
+    contents = []
+    for start, size in ((0, first), (20, second)):
+        images = [numbered(index, *size) for index in range(start, start + 20)]
+        seconds = [index / 25 for index in range(start, start + 20)]
+        part = video_file(folder / f"part.{ending}", images, 25, options={"crf": "10", "bf": "0"}, seconds=seconds)
+        contents.append(part.read_bytes())
+    (folder / f"joined.{ending}").write_bytes(b"".join(contents))
+    return folder / f"joined.{ending}"
+
+
+@pytest.mark.parametrize("ending", ["ts", "h264"])
+def test_a_file_whose_picture_changes_its_shape_midway_cannot_be_used(tmp_path: Path, ending: str) -> None:
+    path = joined(tmp_path, ending, (48, 64), (64, 48))
+    assert reason(path) == "changes its picture from 64x48 to 48x64 midway"
+    assert numbers_at(path, [0, 0.2, 0.5]) == [0, 5, 12]  # as long as it has not
+
+
+@pytest.mark.parametrize("ending", ["ts", "h264"])
+def test_a_picture_that_only_changes_its_size_midway_is_shown_at_one_size(tmp_path: Path, ending: str) -> None:
+    path = joined(tmp_path, ending, (48, 64), (96, 128))
+    timeline = read_timeline(path)
+    assert (timeline.height, timeline.width, len(timeline.times)) == (48, 64, 40)
+    assert numbers_at_rate(path, 25) == list(range(40))
+
+
 # Files that cannot be used
 
 
-def reason(path: Path, bucket: Bucket | None = None) -> str:
+def reason(path: Path) -> str:
     """Why a file cannot be used, as found when it is read from the first to the last step."""
     with pytest.raises(VideoError) as caught:
         timeline = read_timeline(path)
-        times = timeline.sample_times(8)
-        read_frames(path, timeline, times, Bucket(len(times), HEIGHT, WIDTH), "center")
+        read_frames(request_for(path, timeline, timeline.sample_times(8)))
     return str(caught.value)
 
 
@@ -472,11 +561,61 @@ def test_a_video_without_a_single_frame_holds_none(tmp_path: Path) -> None:
     assert reason(tmp_path / "none.mp4")
 
 
+def test_a_video_whose_frames_are_all_hidden_is_a_video_error(tmp_path: Path) -> None:
+    with av.open(str(tmp_path / "hidden.webm"), "w") as container:
+        stream: Any = container.add_stream("libvpx", rate=8, options={"lag-in-frames": "0"})
+        stream.height, stream.width, stream.pix_fmt = HEIGHT, WIDTH, "yuv420p"
+        for index in range(20):
+            for packet in stream.encode(av.VideoFrame.from_ndarray(numbered(index), format="rgb24")):
+                content = bytearray(bytes(packet))
+                assert content[0] & 0x10, "VP8 marks a frame that is shown by this bit"
+                content[0] &= ~0x10
+                hidden = av.Packet(bytes(content))
+                hidden.pts, hidden.dts, hidden.time_base = packet.pts, packet.dts, packet.time_base
+                hidden.stream, hidden.is_keyframe = stream, packet.is_keyframe
+                container.mux(hidden)
+    assert reason(tmp_path / "hidden.webm") == "no frame could be decoded"
+
+
+def test_a_time_stamp_that_is_decades_late_is_a_video_error(tmp_path: Path) -> None:
+    images = [numbered(index) for index in range(10)]
+    seconds = [index / 8 for index in range(9)]
+    path = video_file(tmp_path / "late.mkv", images, codec="ffv1", options={}, seconds=[*seconds, 2.0**31])
+    assert reason(path) == f"has a broken time stamp, {2**31} seconds after the first"
+    path = video_file(tmp_path / "long.mkv", images, codec="ffv1", options={}, seconds=[*seconds, 24 * 3600.0])
+    assert numbers_at(path, [0.5, 1, 20000, 24 * 3600]) == [4, 8, 8, 9]
+
+
+@pytest.mark.parametrize(("ending", "codec"), [("mp4", "libx264"), ("avi", "mpeg4"), ("mkv", "ffv1")])
+def test_a_title_in_an_old_encoding_does_no_harm(tmp_path: Path, ending: str, codec: str) -> None:
+    path = tmp_path / f"title.{ending}"
+    with av.open(str(path), "w") as container:
+        container.metadata["title"] = "A title: XXXX"
+        stream: Any = container.add_stream(codec, rate=8)
+        stream.height, stream.width, stream.pix_fmt = HEIGHT, WIDTH, "yuv420p"
+        for index in range(20):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(numbered(index), format="rgb24")))
+        container.mux(stream.encode())
+    content = path.read_bytes()
+    assert content.count(b"XXXX") == 1
+    path.write_bytes(content.replace(b"XXXX", "äöüß".encode("latin-1")))
+    assert numbers_at_rate(path, 8) == list(range(20))
+
+
+def test_a_stream_without_a_container_is_read_from_its_start(tmp_path: Path) -> None:
+    images = [numbered(index) for index in range(30)]
+    path = video_file(tmp_path / "raw.h264", images, 25, options={"crf": "10", "bf": "3"})
+    timeline = read_timeline(path)
+    np.testing.assert_allclose(timeline.times, np.arange(30) / 25)
+    assert (timeline.height, timeline.width) == (HEIGHT, WIDTH)
+    assert numbers_at_rate(path, 25) == list(range(30))
+
+
 def test_a_file_that_breaks_off_before_its_timeline_says_where(tmp_path: Path) -> None:
     timeline = read_timeline(numbered_file(tmp_path, 60))
     shorter = numbered_file(tmp_path, 30)  # the file was replaced in between
     with pytest.raises(VideoError, match=r"breaks off after 0\.97 of 2\.00 seconds"):
-        read_frames(shorter, timeline, timeline.sample_times(8), Bucket(16, HEIGHT, WIDTH), "center")
+        read_frames(request_for(shorter, timeline, timeline.sample_times(8)))
 
 
 def test_a_clip_of_one_frame_gives_that_frame_once(tmp_path: Path) -> None:
@@ -521,7 +660,7 @@ def test_what_is_written_is_read_back_by_our_own_reader(tmp_path: Path) -> None:
     timeline = read_timeline(tmp_path / "scene.mp4")
     times = timeline.sample_times(8)
     assert len(times) == 13
-    back = read_frames(tmp_path / "scene.mp4", timeline, times, Bucket(13, 64, 96), "center")
+    back = read_frames(request_for(tmp_path / "scene.mp4", timeline, times, 64, 96))
     assert np.abs(back.astype(float) - frames).mean() < 4
 
 

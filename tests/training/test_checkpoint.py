@@ -13,7 +13,7 @@ from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel
 from safetensors.torch import load_file
 
 from cogvideox_factory.config import LoraOptions, UserError
-from cogvideox_factory.data.buckets import Position
+from cogvideox_factory.data.sampler import Layout, Position
 from cogvideox_factory.model.adapters import attach_lora, trainable_parameters
 from cogvideox_factory.training import checkpoint
 from cogvideox_factory.training.checkpoint import (
@@ -89,10 +89,12 @@ def test_what_is_loaded_goes_on_as_if_never_saved(tmp_path: Path) -> None:
     steps(transformer, optimizer, range(3))
     state = TrainState(
         step=3,
-        position=Position(2, 5),
+        position=Position(2, 5, ((Layout(4, 2, 3, drop_last=True), 7), (Layout(1), 1))),
         samples_seen=11,
-        sampler={"seed": 7, "batch_size": 2},
-        schedule={"last_epoch": 3, "_last_lr": [1 / 3]},
+        identity={"--rank": 2},
+        optimizer_options={"learning_rate": 1 / 3},
+        order={"seed": 7, "clips": "a"},
+        layout=Layout(2, 3, 4, drop_last=True),
         scaler={"scale": 65536.0, "_growth_tracker": 3},
     )
     folder = save_checkpoint(tmp_path, state, transformer, optimizer, None)

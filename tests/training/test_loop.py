@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,9 +19,13 @@ from diffusers import CogVideoXDDIMScheduler, CogVideoXPipeline, CogVideoXTransf
 from peft import LoraConfig
 from safetensors.torch import load_file
 
-from cogvideox_factory.data.buckets import Position, Sampler
+from cogvideox_factory.config import Train
+from cogvideox_factory.data import loader
 from cogvideox_factory.data.loader import PreparedClips
+from cogvideox_factory.data.sampler import Position, Sampler
 from cogvideox_factory.data.store import Entry, PreparedSet
+from cogvideox_factory.model.family import Checkpoint
+from cogvideox_factory.prepare import PATIENCE
 from cogvideox_factory.training import loop
 from cogvideox_factory.training.checkpoint import list_checkpoints
 from cogvideox_factory.training.metrics import MetricsLog, read_metrics
@@ -320,8 +328,6 @@ def test_a_finished_run_keeps_its_lora_and_config_when_started_with_other_settin
 
 
 def test_a_checkpoint_of_another_base_model_is_refused(cli: Cli, train, tiny_model: Path, tmp_path: Path) -> None:
-    import shutil
-
     from safetensors.torch import save_file
 
     assert train(tmp_path / "run", "--max_train_steps", "1")[0] == 0
@@ -340,6 +346,154 @@ def test_a_learning_rate_changed_on_resume_takes_effect_and_is_told(train, tmp_p
     code, messages = train(run, *flags)
     assert code == 0 and "another --learning_rate" in messages
     assert [line["lr"] for line in read_metrics(run / "metrics.jsonl")] == [1e-2, 1e-2, 3e-3, 3e-3]
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, str]]:
+    """Epoch and key of every clip that is read for training, in order."""
+    seen: list[tuple[int, str]] = []
+    generator = loader.clip_generator
+
+    def note(seed: int, epoch: int, key: str) -> torch.Generator:
+        seen.append((epoch, key))
+        return generator(seed, epoch, key)
+
+    monkeypatch.setattr(loader, "clip_generator", note)
+    return seen
+
+
+def test_every_clip_once_an_epoch_though_the_batch_changes_in_it_twice(
+    train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, entries: list[Entry], drawn: list[tuple[int, str]]
+) -> None:
+    """Twelve clips: four steps of two, two of one, and the last two clips in a step of three; two more epochs."""
+    run = tmp_path / "run"
+    flags = ["--num_train_epochs", "3", "--lr_scheduler", "linear", "--resume_from_checkpoint", "latest"]
+    flags += ["--validation_prompt", "a", "--validation_epochs", "1", "--num_inference_steps", "1"]
+    for size, last_step, num_steps in ((2, 4, 3 * 6), (1, 6, 4 + 4 + 2 * 12)):
+        with monkeypatch.context() as patch:
+            StopAfter(patch, last_step, signal.SIGINT)
+            code, messages = train(run, *flags, "--train_batch_size", str(size))
+        assert code == 75 and f"stopped after step {last_step} of {num_steps}" in messages
+    num_steps = 4 + 2 + 1 + 2 * 4
+    code, messages = train(run, *flags, "--train_batch_size", "3")
+    assert code == 0 and f"steps      {num_steps}, of which 6 done; 4 an epoch" in messages
+    assert "divided anew" in messages and "next epoch" not in messages
+    assert sorted(drawn) == sorted((epoch, entry.key) for epoch in range(3) for entry in entries)
+    lines = read_metrics(run / "metrics.jsonl")
+    assert [line["epoch"] for line in lines] == [0] * 7 + [1] * 4 + [2] * 4
+    assert [line["samples_seen"] for line in lines] == [2, 4, 6, 8, 9, 10, 12, *range(15, 37, 3)]
+    # The rate goes to zero at the end, wherever that is by now.
+    assert [line["lr"] for line in lines[6:]] == pytest.approx([1e-2 * (1 - step / 15) for step in range(6, 15)])
+    videos = sorted(path.name for path in (run / "validation").iterdir())
+    assert videos == [f"step-{step:08}" for step in (0, 7, 11, 15)]
+
+
+@pytest.mark.parametrize(("last_step", "epochs"), [(4, [0] * 4 + [1] * 6), (6, [0] * 6 + [1] * 6)])
+def test_another_order_begins_with_the_next_epoch(
+    train, tmp_path: Path, entries: list[Entry], drawn: list[tuple[int, str]], last_step: int, epochs: list[int]
+) -> None:
+    run = tmp_path / "run"
+    assert train(run, "--max_train_steps", str(last_step))[0] == 0
+    drawn.clear()
+    flags = ("--num_train_epochs", "2", "--resume_from_checkpoint", "latest", "--seed", "5")
+    code, messages = train(run, *flags)
+    assert code == 0 and "seed differ from those of the checkpoint: going on with the next epoch" in messages
+    assert [line["epoch"] for line in read_metrics(run / "metrics.jsonl")] == epochs
+    assert sorted(drawn) == sorted((1, entry.key) for entry in entries)
+
+
+def test_other_clips_begin_with_the_next_epoch(
+    train, tmp_path: Path, prepared: PreparedSet, entries: list[Entry], drawn: list[tuple[int, str]]
+) -> None:
+    run = tmp_path / "run"
+    assert train(run, "--max_train_steps", "2")[0] == 0
+    drawn.clear()
+    flags = ("--num_train_epochs", "2", "--resume_from_checkpoint", "latest")
+    code, messages = train(run, *flags, "--data_root", part_of(prepared, entries[:5], tmp_path / "five"))
+    assert code == 0 and "clips differ from those of the checkpoint: going on with the next epoch" in messages
+    assert sorted(drawn) == sorted((1, entry.key) for entry in entries[:5])
+
+
+def test_a_run_of_whole_epochs_that_is_over_stays_over(train, tmp_path: Path) -> None:
+    assert train(tmp_path / "run", "--num_train_epochs", "2")[0] == 0
+    for size in ("2", "1", "5"):
+        flags = ("--num_train_epochs", "2", "--resume_from_checkpoint", "latest", "--train_batch_size", size)
+        code, messages = train(tmp_path / "run", *flags)
+        assert code == 0 and "finished" in messages
+    assert len(read_metrics(tmp_path / "run/metrics.jsonl")) == 12
+
+
+def test_a_run_made_longer_has_the_rate_of_its_new_course_at_once(train, tmp_path: Path) -> None:
+    run, flags = tmp_path / "run", ("--lr_scheduler", "cosine", "--resume_from_checkpoint", "latest")
+    assert train(run, "--max_train_steps", "4", *flags)[0] == 0
+    assert train(run, "--max_train_steps", "8", *flags)[0] == 0
+    rates = [line["lr"] for line in read_metrics(run / "metrics.jsonl")]
+    expected = [
+        1e-2 * (1 + math.cos(math.pi * step / length)) / 2
+        for length, steps in ((4, range(4)), (8, range(4, 8)))
+        for step in steps
+    ]
+    assert rates == pytest.approx(expected)
+
+
+def test_a_rate_that_scales_with_the_batch_follows_it_on_resume(train, tmp_path: Path) -> None:
+    run, flags = tmp_path / "run", ("--scale_lr", "--resume_from_checkpoint", "latest")
+    assert train(run, "--max_train_steps", "2", *flags)[0] == 0
+    assert train(run, "--max_train_steps", "4", *flags, "--train_batch_size", "3")[0] == 0
+    assert [line["lr"] for line in read_metrics(run / "metrics.jsonl")] == pytest.approx([2e-2, 2e-2, 3e-2, 3e-2])
+
+
+def test_drop_last_leaves_out_what_fills_no_batch(train, tmp_path: Path, drawn: list[tuple[int, str]]) -> None:
+    flags = ("--num_train_epochs", "2", "--train_batch_size", "5", "--drop_last")
+    assert train(tmp_path / "run", *flags)[0] == 0
+    assert [line["samples_seen"] for line in read_metrics(tmp_path / "run/metrics.jsonl")] == [5, 10, 15, 20]
+    assert len(set(drawn)) == 20 and [epoch for epoch, _ in drawn] == [0] * 10 + [1] * 10
+
+
+def test_drop_last_that_leaves_nothing_is_refused(train, tmp_path: Path) -> None:
+    code, messages = train(tmp_path / "run", "--train_batch_size", "13", "--drop_last")
+    assert code == 2 and "--train_batch_size 13" in messages and "12 of 17x64x96" in messages
+    assert "Traceback" not in messages and not (tmp_path / "run/config.yaml").exists()
+
+
+def test_processes_wait_for_the_slowest_as_long_as_preparing_takes(checkpoint: Checkpoint) -> None:
+    handler = loop.make_accelerator(Train(), checkpoint).init_handler
+    assert handler is not None and handler.timeout == PATIENCE
+
+
+def part_of(prepared: PreparedSet, entries: list[Entry], folder: Path) -> Path:
+    """A prepared set of only these entries."""
+    shutil.copytree(prepared.folder, folder)
+    PreparedSet(folder).write_index(entries, prepared.read_settings())
+    return folder
+
+
+def train_on_two_processes(*flags: str | Path) -> None:
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launch, "-m", "cogvideox_factory", "train", *map(str, flags)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+def test_going_on_with_two_processes_gives_the_weights_of_one(
+    train, tmp_path: Path, prepared: PreparedSet, entries: list[Entry]
+) -> None:
+    """Eleven clips by two, so that at an epoch's end a process has no clip of its own; two processes from step 3 on."""
+    eleven = part_of(prepared, entries[:11], tmp_path / "eleven")
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert train(one, "--data_root", eleven, "--max_train_steps", "8", "--checkpointing_steps", "3")[0] == 0
+    train_on_two_processes(
+        *("--config", one / "config.yaml", "--output_dir", two, "--train_batch_size", "1"),
+        *("--resume_from_checkpoint", one / "checkpoints/step-00000003"),
+    )
+    ours, theirs = load_file(two / LORA), load_file(one / LORA)
+    before = load_file(one / "checkpoints/step-00000003" / LORA)
+    for name, value in theirs.items():
+        assert torch.allclose(ours[name], value, rtol=0, atol=1e-5), name
+    assert any((before[name] - value).abs().max() > 1e-3 for name, value in theirs.items())
+    per_step = [line["samples_seen"] for line in read_metrics(two / "metrics.jsonl")]
+    assert per_step == [8, 10, 11, 13, 15]
 
 
 def test_a_loss_that_is_no_number_ends_the_run_and_names_the_last_good_state(train, tmp_path: Path) -> None:
@@ -372,8 +526,6 @@ def test_options_that_only_preparing_knows_are_told_to_be_without_effect(train, 
 def test_a_prepared_set_that_lost_files_is_refused_before_the_training(
     cli: Cli, tiny_model: Path, prepared_folder: Path, tmp_path: Path
 ) -> None:
-    import shutil
-
     damaged = shutil.copytree(prepared_folder, tmp_path / "set")
     shutil.rmtree(damaged / "prompts")
     code, _, messages = cli(

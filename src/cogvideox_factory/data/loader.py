@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from cogvideox_factory.data.buckets import Position, Sampler
+from cogvideox_factory.data.sampler import Position, Sampler
 from cogvideox_factory.data.store import Entry, PreparedSet
 
 
@@ -101,14 +101,15 @@ class PreparedClips(Dataset):
 
     def _clip(self, entry: Entry, epoch: int) -> tuple[torch.Tensor, ...]:
         generator = clip_generator(self.seed, epoch, entry.key)
-        quantile, caption_draw = torch.rand(2, generator=generator)
-        latents = self.prepared.read_tensors(entry.files["latents"])
+        quantile, caption_draw, view_draw = torch.rand(3, generator=generator)
+        views = entry.files["latents"]
+        latents = self.prepared.read_tensors(views[int(view_draw * len(views))])
         mean, logvar = latents["mean"].float(), latents["logvar"].float()  # (C, F, H, W)
         mean, logvar = mean.transpose(0, 1), logvar.transpose(0, 1)  # (F, C, H, W)
         raw_latents = mean + torch.exp(0.5 * logvar) * torch.randn(mean.shape, generator=generator)
         frames = mean.shape[0] + -mean.shape[0] % self.latent_frame_multiple
         noise = torch.randn((frames, *mean.shape[1:]), generator=generator)
-        prompt_file = self.empty_prompt_file if caption_draw < self.caption_dropout else entry.files["prompt"]
+        prompt_file = self.empty_prompt_file if caption_draw < self.caption_dropout else entry.files["prompt"][0]
         return raw_latents, noise, quantile, self.prepared.read_tensors(prompt_file)["prompt_embeds"]
 
 

@@ -1,9 +1,11 @@
 """The prepared set on disk: what is in it, whether it still holds, reading and writing it.
 
-    index.jsonl            one line a clip: source, caption, bucket, files, key
+    index.jsonl            one line an excerpt of a clip: source, start, caption, bucket, files, key
     settings.json          what all entries share: the encoders, the rate, the empty prompt's file
     report.json            what the last `prepare` did
     latents/KEY.safetensors    mean and logvar of the VAE's latent distribution, (channels, frames, height, width)
+    images/KEY.safetensors     image-to-video only: mean and logvar of noised first frames, (draws, channels, height,
+                               width)
     prompts/KEY.safetensors    prompt_embeds, (tokens, width)
 
 A tensor file is named after the hash of everything that its content depends on, so a file that exists is never
@@ -13,10 +15,9 @@ Every file is written under another name, flushed to the disk, and renamed: it i
 
 from __future__ import annotations
 
-import hashlib
+import itertools
 import json
-import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,61 +28,30 @@ from safetensors.torch import load, save
 
 from cogvideox_factory.config import RunError, UserError
 from cogvideox_factory.data.buckets import Bucket
+from cogvideox_factory.data.files import write_durably
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A clip of a prepared set."""
+    """What training takes for one clip: an excerpt of a file, seen in one or more ways."""
 
     source: str
     caption: str
     bucket: Bucket
-    files: Mapping[str, str]  # latents, prompt → path within the set
+    # Paths within the set. latents: a file a view, of which every epoch draws one; images: as many, for
+    # image-to-video; prompt: one.
+    files: Mapping[str, tuple[str, ...]]
     key: str
+    start: float = 0.0  # of the excerpt, in seconds from the first frame of the file
+
+    @property
+    def all_files(self) -> Iterator[str]:
+        """Every file that the entry needs."""
+        return itertools.chain(*self.files.values())
 
 
 class DamagedEntry(RunError):
     """A tensor file that cannot be read back; the message names it."""
-
-
-def hash_of(*parts: Any) -> str:
-    """Hex digest of JSON-able parts, short enough for a file name and long enough never to collide."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
-
-
-def hash_of_file(path: Path) -> str:
-    """Hex digest of a file's content."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:32]
-
-
-def write_durably(path: Path, content: bytes) -> None:
-    """Write a file so that it is complete or absent, whatever happens in between."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with part.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror or str(error), str(path)) from error  # writing alone names no file
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def make_output_folder(folder: Path, flag: str = "--output_dir") -> None:
-    """Raises UserError where the folder cannot be made or written to."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".write-test-{os.getpid()}"
-        probe.write_bytes(b"")
-        probe.unlink()
-    except OSError as error:
-        raise UserError(
-            f"{flag} {folder}: cannot be written to ({error.strerror or error}); choose another folder"
-        ) from error
 
 
 class PreparedSet:
@@ -93,6 +63,10 @@ class PreparedSet:
     @staticmethod
     def latents_file(key: str) -> str:
         return f"latents/{key}.safetensors"
+
+    @staticmethod
+    def image_file(key: str) -> str:
+        return f"images/{key}.safetensors"
 
     @staticmethod
     def prompt_file(key: str) -> str:
@@ -139,9 +113,14 @@ class PreparedSet:
         path = self.folder / "index.jsonl"
         try:
             lines = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
-            entries = [Entry(**{**line, "bucket": Bucket(*line["bucket"])}) for line in lines]
-        except (ValueError, TypeError, KeyError) as error:
+            entries = [_entry_from_json(line) for line in lines]
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise UserError(f"{path} is damaged ({error}); run `prepare` again, nothing is encoded twice") from error
         if not entries:
             raise UserError(f"{path} lists no clip")
         return entries
+
+
+def _entry_from_json(line: dict[str, Any]) -> Entry:
+    files = {kind: tuple(names) for kind, names in line["files"].items()}
+    return Entry(**{**line, "bucket": Bucket(*line["bucket"]), "files": files})

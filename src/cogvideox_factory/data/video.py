@@ -1,8 +1,10 @@
-"""Frames out of video files at a given rate and size, and frames into mp4 files.
+"""Frames out of video files at given times and sizes, and frames into mp4 files.
 
 A frame is chosen by its time stamp, so a clip keeps its speed whatever its own rate is. Scaling happens inside the
 decoder's colour conversion, and only for the frames that are kept. Rejected: decoding everything to RGB and
 resizing with PIL or torch, which costs several times the time and memory.
+
+The processes that decode import this module and little else: no torch here.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import NamedTuple
 
 import av
 import numpy as np
@@ -19,10 +22,13 @@ from av.container import InputContainer
 from av.video.reformatter import Interpolation
 from av.video.stream import VideoStream
 
-from cogvideox_factory.data.buckets import Bucket
-
 # Frames of equal spacing carry rounded time stamps; a frame this much late still counts as on time.
 TIME_TOLERANCE_SECONDS = 1e-3
+# A clip that seems longer than this has a broken time stamp, and would be sampled into more frames than memory holds.
+LONGEST_SECONDS = 7 * 24 * 3600.0
+
+# How much the shape of the picture may change within a file before its frames would be stretched.
+ASPECT_TOLERANCE = 0.02
 
 
 class VideoError(Exception):
@@ -48,43 +54,81 @@ class Timeline:
         return start + np.arange(max(count, 1)) / fps
 
 
+class Box(NamedTuple):
+    """A rectangle of a picture, in pixels."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+
+@dataclass(frozen=True)
+class FrameRequest:
+    """Which frames of a file, at which size: the whole picture is scaled to height × width, then `box` is cut out."""
+
+    path: Path
+    timeline: Timeline
+    times: np.ndarray  # (N,), rising, in seconds from the first frame, before the timeline's end
+    height: int
+    width: int
+    box: Box
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Of the frames: (N, height, width, 3)."""
+        return len(self.times), self.box.height, self.box.width, 3
+
+
 def read_timeline(path: Path) -> Timeline:
     """Time stamps of all frames, read from the packets; only the first frame is decoded. Raises VideoError."""
     with _open(path) as (container, stream):
-        stored = [packet for packet in container.demux(stream) if packet.size]
-        if len(stored) < stream.frames:
-            raise VideoError(f"is cut off: holds {len(stored)} of {stream.frames} frames")
-        packets = [packet for packet in stored if not packet.is_discard]
-        if not packets:
+        first: av.VideoFrame | None = None
+        num_stored = 0
+        shown: list[int | None] = []  # not the packets themselves, which hold the whole file
+        for packet in container.demux(stream):
+            if first is None:  # on the way, since a raw stream cannot be wound back
+                first = next(iter(packet.decode()), None)
+            if packet.size:
+                num_stored += 1
+                if not packet.is_discard:
+                    shown.append(packet.pts)
+        if num_stored < stream.frames:
+            raise VideoError(f"is cut off: holds {num_stored} of {stream.frames} frames")
+        if not shown:
             raise VideoError("holds no frames")
+        if first is None:
+            raise VideoError("no frame could be decoded")
         rate = float(stream.average_rate or stream.guessed_rate or 0)
-        stamps = sorted(packet.pts for packet in packets if packet.pts is not None)
-        if len(stamps) == len(packets) and stream.time_base and container.format.name != "avi":
+        stamps = sorted(stamp for stamp in shown if stamp is not None)
+        if len(stamps) == len(shown) and stream.time_base and container.format.name != "avi":
             times = np.array(stamps, dtype=np.float64) * float(stream.time_base)
             times -= times[0]
             spacing = float(np.median(np.diff(times))) if len(times) > 1 else 1 / rate if rate else 0.0
         elif rate:
-            times, spacing = np.arange(len(packets)) / rate, 1 / rate
+            times, spacing = np.arange(len(shown)) / rate, 1 / rate
         else:
             raise VideoError("has neither time stamps nor a frame rate")
-        container.seek(0)
-        height, width = _shown_size(next(container.decode(stream)), stream)
+        if times[-1] > LONGEST_SECONDS:
+            raise VideoError(f"has a broken time stamp, {times[-1]:.0f} seconds after the first")
+        height, width = _shown_size(first, stream)
         return Timeline(times, float(times[-1]) + spacing, height, width)
 
 
-def read_frames(path: Path, timeline: Timeline, times: np.ndarray, bucket: Bucket, reshape_mode: str) -> np.ndarray:
-    """The frames on screen at the given times, as uint8 of shape (frames, height, width, 3) of the bucket.
+def read_frames(request: FrameRequest, num_threads: int = 0) -> np.ndarray:
+    """The frames on screen at the requested times, as uint8 of `request.shape`.
 
-    `times` rise, in seconds from the first frame, and lie before `timeline.end`. `reshape_mode` is center (cover and
-    crop) or none (stretch). Raises VideoError where the file breaks before the last of them.
+    `num_threads` is for the decoder; 0 takes all cores. Raises VideoError where the file breaks before the last
+    frame, or its picture changes shape within the file.
     """
-    chosen = np.empty((len(times), bucket.height, bucket.width, 3), dtype=np.uint8)
+    times, timeline = request.times, request.timeline
+    chosen = np.empty(request.shape, dtype=np.uint8)
     filled = 0
-    with _open(path) as (container, stream):
+    with _open(request.path, num_threads) as (container, stream):
         on_screen: av.VideoFrame | None = None
         for time, frame in _decode(container, stream):
             while filled < len(times) and on_screen is not None and times[filled] < time - TIME_TOLERANCE_SECONDS:
-                chosen[filled] = _fit(on_screen, stream, bucket, reshape_mode)
+                chosen[filled] = _fit(on_screen, stream, request)
                 filled += 1
             if filled == len(times):
                 return chosen
@@ -93,7 +137,7 @@ def read_frames(path: Path, timeline: Timeline, times: np.ndarray, bucket: Bucke
             raise VideoError("no frame could be decoded")
         if last_time < min(times[-1], timeline.times[-1]) - TIME_TOLERANCE_SECONDS:
             raise VideoError(f"breaks off after {last_time:.2f} of {timeline.end:.2f} seconds")
-        chosen[filled:] = _fit(on_screen, stream, bucket, reshape_mode)  # it stays on screen until the timeline's end
+        chosen[filled:] = _fit(on_screen, stream, request)  # it stays on screen until the timeline's end
     return chosen
 
 
@@ -121,15 +165,16 @@ def write_video(path: Path, frames: np.ndarray, fps: float) -> None:
 class _open:
     """The container and its first video stream; every failure inside becomes a VideoError."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, num_threads: int = 0):
         self.path = path
+        self.num_threads = num_threads
         self.container: InputContainer | None = None
 
     def __enter__(self) -> tuple[InputContainer, VideoStream]:
         if not self.path.is_file():
             raise VideoError("no such file")
         try:
-            self.container = av.open(str(self.path))
+            self.container = av.open(str(self.path), metadata_errors="replace")  # a title may be in any encoding
         except (av.FFmpegError, OSError, ValueError) as error:
             raise VideoError(f"cannot be read as a video ({_reason(error)})") from error
         if not self.container.streams.video:
@@ -140,6 +185,7 @@ class _open:
             self.container.close()
             raise VideoError("is in a format that cannot be decoded")
         stream.thread_type = "AUTO"
+        stream.codec_context.thread_count = self.num_threads
         return self.container, stream
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
@@ -169,26 +215,28 @@ def _decode(container: InputContainer, stream: VideoStream) -> Iterator[tuple[fl
 def _shown_size(frame: av.VideoFrame, stream: VideoStream) -> tuple[int, int]:
     """Height and width as a player shows them: with square pixels and turned upright."""
     size = frame.height, round(frame.width * float(stream.sample_aspect_ratio or 1))
-    return size[::-1] if frame.rotation % 180 else size
+    return size[::-1] if _quarter_turns(frame) % 2 else size
 
 
-def _fit(frame: av.VideoFrame, stream: VideoStream, bucket: Bucket, reshape_mode: str) -> np.ndarray:
-    """One frame as RGB in the bucket's size."""
-    height, width = bucket.height, bucket.width
-    if reshape_mode == "center":
-        shown_height, shown_width = _shown_size(frame, stream)
-        scale = max(height / shown_height, width / shown_width)
-        height, width = max(height, round(shown_height * scale)), max(width, round(shown_width * scale))
-    else:
-        assert reshape_mode == "none", reshape_mode
-    turned = frame.rotation % 180 != 0
+def _quarter_turns(frame: av.VideoFrame) -> int:
+    """How often a player turns the frame, counterclockwise; an angle in between counts as the nearest."""
+    return round(frame.rotation / 90)
+
+
+def _fit(frame: av.VideoFrame, stream: VideoStream, request: FrameRequest) -> np.ndarray:
+    """The requested part of one frame as RGB."""
+    shown_height, shown_width = _shown_size(frame, stream)
+    timeline, (top, left, box_height, box_width) = request.timeline, request.box
+    if abs(shown_width / shown_height * timeline.height / timeline.width - 1) > ASPECT_TOLERANCE:
+        raise VideoError(
+            f"changes its picture from {timeline.width}x{timeline.height} to {shown_width}x{shown_height} midway"
+        )
+    turns = _quarter_turns(frame)
     # swscale's bicubic widens its filter when it shrinks a picture, so nothing aliases.
     image = frame.to_ndarray(
         format="rgb24",
-        width=height if turned else width,
-        height=width if turned else height,
+        width=request.height if turns % 2 else request.width,
+        height=request.width if turns % 2 else request.height,
         interpolation=Interpolation.BICUBIC,
     )
-    image = np.rot90(image, frame.rotation // 90)
-    top, left = (height - bucket.height) // 2, (width - bucket.width) // 2
-    return image[top : top + bucket.height, left : left + bucket.width]
+    return np.rot90(image, turns)[top : top + box_height, left : left + box_width]

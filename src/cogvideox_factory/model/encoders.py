@@ -18,6 +18,9 @@ from cogvideox_factory.model.family import Checkpoint
 
 logger = logging.getLogger(__name__)
 
+# Of the noise on the image that image-to-video models are conditioned on: the logarithm of its strength.
+IMAGE_NOISE_LOG_MEAN, IMAGE_NOISE_LOG_STD = -3.0, 0.5
+
 
 @dataclass(frozen=True)
 class TextEncoder:
@@ -76,11 +79,35 @@ class VideoEncoder:
     @torch.no_grad()
     def encode(self, pixels_FHWC: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and log-variance of the raw latents, (channels, frames, height, width), of one uint8 video."""
-        vae = self.vae
-        pixels = torch.from_numpy(pixels_FHWC).to(vae.device)
-        pixels = pixels.float().div_(127.5).sub_(1).to(vae.dtype)  # rounded once
-        distribution = vae.encode(pixels.permute(3, 0, 1, 2)[None]).latent_dist
+        pixels = self._to_unit_range(pixels_FHWC).to(self.vae.dtype)  # rounded once
+        distribution = self.vae.encode(pixels.permute(3, 0, 1, 2)[None]).latent_dist
         return distribution.mean[0], distribution.logvar[0]
+
+    @torch.no_grad()
+    def encode_noised_images(
+        self, pixels_HWC: np.ndarray, num_draws: int, generator: torch.Generator
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and log-variance of the raw latents, (draws, channels, height, width), of one uint8 image.
+
+        Image-to-video models condition on their first frame with noise on its pixels, of a strength drawn anew each
+        time: sigma = exp(N(-3, 0.5)), as CogVideoX was trained ("CogVideoX: Text-to-Video Diffusion Models with An
+        Expert Transformer", 2024, and its official code).
+        """
+        pixels = self._to_unit_range(pixels_HWC)
+        draws = []
+        for _ in range(num_draws):
+            sigma = torch.exp(IMAGE_NOISE_LOG_MEAN + IMAGE_NOISE_LOG_STD * torch.randn((), generator=generator))
+            noise = torch.randn(pixels.shape, generator=generator)  # on the CPU: the same for every device
+            noised = (pixels + (sigma * noise).to(pixels.device)).to(self.vae.dtype)
+            draws.append(self.vae.encode(noised.permute(2, 0, 1)[None, :, None]).latent_dist)
+        return (
+            torch.cat([draw.mean[:, :, 0] for draw in draws]),
+            torch.cat([draw.logvar[:, :, 0] for draw in draws]),
+        )
+
+    def _to_unit_range(self, pixels: np.ndarray) -> torch.Tensor:
+        """Pixels from 0 … 255 to -1 … 1, fp32, on the VAE's device."""
+        return torch.from_numpy(np.ascontiguousarray(pixels)).to(self.vae.device).float().div_(127.5).sub_(1)
 
 
 def tell_if_cut(tokenizer, prompt: str, max_tokens: int) -> None:

@@ -28,6 +28,9 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 NATIVE_SIZE_1_5 = (768, 1360)
 NATIVE_FPS_1_0, NATIVE_FPS_1_5 = 8.0, 16.0
 
+# Of a model on the Hub: what says how it is built, without the weights.
+FILES_WITHOUT_WEIGHTS = ["model_index.json", "*/*.json", "tokenizer/*"]
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -140,16 +143,17 @@ class Checkpoint:
         return [path for path in sorted((self.folder / component).rglob("*")) if is_used(path)]
 
 
-def open_checkpoint(options: ModelOptions) -> Checkpoint:
+def open_checkpoint(options: ModelOptions, *, with_weights: bool = True) -> Checkpoint:
     """The checkpoint that the options name, downloaded from the Hub if it is no folder.
 
+    Without weights only configs and tokenizer are downloaded: megabytes instead of gigabytes.
     Raises UserError where it cannot be found or is no CogVideoX pipeline.
     """
     name = options.pretrained_model_name_or_path
     assert name is not None
     folder = Path(name).expanduser()
     if not folder.is_dir():
-        folder = _download(name, options)
+        folder = _download(name, options, with_weights)
     pipeline = _read_json(folder / "model_index.json", name)
     if not str(pipeline.get("_class_name", "")).startswith("CogVideoX"):
         raise UserError(
@@ -195,13 +199,23 @@ def _read_json(path: Path, name: str) -> dict[str, Any]:
         ) from error
 
 
-def _download(name: str, options: ModelOptions) -> Path:
+def _download(name: str, options: ModelOptions, with_weights: bool) -> Path:
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
         raise UserError(f"--pretrained_model_name_or_path {name}: no such folder")
     from diffusers import DiffusionPipeline
     from httpx2 import HTTPError
+    from huggingface_hub import snapshot_download
 
     try:
+        if not with_weights:
+            return Path(
+                snapshot_download(
+                    name,
+                    revision=options.revision,
+                    cache_dir=options.cache_dir,
+                    allow_patterns=FILES_WITHOUT_WEIGHTS,
+                )
+            )
         return Path(
             DiffusionPipeline.download(
                 name, revision=options.revision, variant=options.variant, cache_dir=options.cache_dir

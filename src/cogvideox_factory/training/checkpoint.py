@@ -23,23 +23,23 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cogvideox_factory.config import UserError
-from cogvideox_factory.data.buckets import Position
-from cogvideox_factory.data.store import write_durably
+from cogvideox_factory.data.files import write_durably
+from cogvideox_factory.data.sampler import Layout, Position
 from cogvideox_factory.model.adapters import save_lora, trainable_parameters
 from cogvideox_factory.run_folder import checkpoint_folder, list_checkpoints, set_aside_after
 
 
 @dataclass
 class TrainState:
-    """Everything that a resumed training needs besides tensors. `position` is that of the next step."""
+    """Everything that a resumed training needs besides tensors. `position` is that of the next step, in `layout`."""
 
     step: int = 0
     position: Position = field(default_factory=Position)
     samples_seen: int = 0
     identity: Mapping[str, Any] = field(default_factory=dict)  # what must not change: the base model, the adapter
     optimizer_options: Mapping[str, Any] = field(default_factory=dict)
-    sampler: Mapping[str, Any] = field(default_factory=dict)  # what the position counts in
-    schedule: Mapping[str, Any] = field(default_factory=dict)
+    order: Mapping[str, Any] = field(default_factory=dict)  # what the order of the clips depends on
+    layout: Layout = field(default_factory=lambda: Layout(1))
     scaler: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -84,7 +84,7 @@ def load_checkpoint(folder: Path, transformer, optimizer) -> TrainState:
     try:
         content = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         rest = content.pop("optimizer")
-        state = TrainState(**{**content, "position": Position(**content["position"])})
+        state = _state_from_json(content)
         weights = load_file(folder / "trainable.safetensors")
         tensors = load_file(folder / "optimizer.safetensors")
         random_state, cuda_random_state = tensors.pop("rng.torch"), tensors.pop("rng.cuda", None)
@@ -115,6 +115,18 @@ def find_checkpoint(run: Path, choice: str) -> Path | None:
     raise UserError(
         f"--resume_from_checkpoint {choice}: no such checkpoint; {run} has {', '.join(names) or 'none'} "
         "(`latest` takes the newest)"
+    )
+
+
+def _state_from_json(content: Mapping[str, Any]) -> TrainState:
+    position = content["position"]
+    earlier = tuple((Layout(**layout), num_steps) for layout, num_steps in position["earlier"])
+    return TrainState(
+        **{
+            **content,
+            "position": Position(**{**position, "earlier": earlier}),
+            "layout": Layout(**content["layout"]),
+        }
     )
 
 

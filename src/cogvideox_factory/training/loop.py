@@ -10,42 +10,33 @@ import dataclasses
 import logging
 import math
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import AutocastKwargs
+from accelerate.utils import AutocastKwargs, InitProcessGroupKwargs
 
-from cogvideox_factory.config import DataOptions, RunError, Train, UserError, write_config
-from cogvideox_factory.data.buckets import Bucket, Position, Sampler
+from cogvideox_factory.config import RunError, Train, UserError, write_config
+from cogvideox_factory.data.buckets import Bucket
 from cogvideox_factory.data.clips import read_clips
 from cogvideox_factory.data.loader import PreparedClips, StepBatches, load_steps
-from cogvideox_factory.data.store import Entry, PreparedSet, hash_of, make_output_folder
+from cogvideox_factory.data.sampler import Sampler
+from cogvideox_factory.data.store import Entry, PreparedSet
 from cogvideox_factory.model.adapters import LORA_FILE, attach_lora, save_lora, trainable_parameters
 from cogvideox_factory.model.denoiser import Denoiser, load_scheduler, load_transformer
 from cogvideox_factory.model.device import free_memory
 from cogvideox_factory.model.family import Checkpoint, open_checkpoint, refuse_image_to_video
-from cogvideox_factory.prepare import (
-    check_prepared,
-    check_text_length,
-    prepare,
-    resolve_data_options,
-)
+from cogvideox_factory.prepare import PATIENCE, check_prepared, prepare
 from cogvideox_factory.progress import progress_bar
 from cogvideox_factory.run_folder import set_aside_after
 from cogvideox_factory.stopping import Stopped, StopRequest, stop_requests
-from cogvideox_factory.training.checkpoint import (
-    TrainState,
-    find_checkpoint,
-    load_checkpoint,
-    save_checkpoint,
-)
+from cogvideox_factory.training.checkpoint import TrainState, save_checkpoint
 from cogvideox_factory.training.metrics import MemoryMeter, MetricsLog
 from cogvideox_factory.training.objective import velocity_loss
-from cogvideox_factory.training.optimizers import build_optimizer, build_schedule
+from cogvideox_factory.training.optimizers import build_optimizer
+from cogvideox_factory.training.resuming import resume, schedule_at
+from cogvideox_factory.training.run_options import claim_run_folder, resolve_options, without_resume
 from cogvideox_factory.training.validation import Validation
 
 logger = logging.getLogger(__name__)
@@ -114,24 +105,26 @@ def train_steps(
     """All optimizer steps that are left, then the LoRA in the run's folder. Raises Stopped after a signal."""
     assert options.output_dir is not None
     run, device, training = options.output_dir, accelerator.device, options.training
-    dtype = checkpoint.dtype_for(training.mixed_precision, device)
-    transformer = build_model(options, checkpoint, dtype, device)
-    scheduler = load_scheduler(checkpoint)
-    denoiser = Denoiser(checkpoint, dtype)
-    parameters = list(trainable_parameters(transformer).values())
-
     sampler = Sampler(
         [entry.bucket for entry in data.entries],
         training.train_batch_size,
         accelerator.num_processes,
         training.gradient_accumulation_steps,
         options.seed,
+        training.drop_last,
     )
-    steps_per_epoch = sampler.steps_per_epoch()
-    num_steps = training.max_train_steps or training.num_train_epochs * steps_per_epoch
+    dtype = checkpoint.dtype_for(training.mixed_precision, device)
+    transformer = build_model(options, checkpoint, dtype, device)
+    scheduler = load_scheduler(checkpoint)
+    denoiser = Denoiser(checkpoint, dtype)
+    parameters = list(trainable_parameters(transformer).values())
+
+    # How long the training is can depend on where it stands, and the course of the learning rate on how long it is.
     raw_optimizer = build_optimizer(parameters, options.optimizer, sampler.clips_per_step)
-    schedule = build_schedule(raw_optimizer, options.optimizer, num_steps)
-    state = resume(options, checkpoint, transformer, raw_optimizer, schedule, accelerator, data, sampler)
+    state = resume(options, checkpoint, transformer, raw_optimizer, accelerator, data.entries, sampler)
+    steps_left = sampler.steps_left(state.position, training.num_train_epochs)
+    num_steps = training.max_train_steps or state.step + steps_left
+    schedule = schedule_at(state.step, raw_optimizer, options.optimizer, num_steps)
     describe(checkpoint, options, data, parameters, num_steps, sampler, state)
     if state.step >= num_steps:
         logger.info("nothing left to train: this run is finished")
@@ -162,7 +155,6 @@ def train_steps(
 
     def save() -> None:
         if accelerator.is_main_process:
-            state.schedule = {name: v for name, v in schedule.state_dict().items() if name != "lr_lambdas"}
             state.scaler = accelerator.scaler.state_dict() if accelerator.scaler else {}
             keep = training.checkpoints_total_limit
             logger.info("saved      %s", save_checkpoint(run, state, transformer, raw_optimizer, keep))
@@ -171,9 +163,7 @@ def train_steps(
     first_step = state.step
 
     def validate_if_due() -> None:
-        epoch_is_complete = state.position.step == steps_per_epoch
-        completed_epoch = state.position.epoch if epoch_is_complete else None
-        if accelerator.is_main_process and validation.is_due(state.step, completed_epoch):
+        if accelerator.is_main_process and validation.is_due(state.step, state.position.ended_epoch):
             if state.step > first_step:
                 memory.record("memory_before_validation", memory.peak())
             memory.start_phase()
@@ -204,11 +194,11 @@ def train_steps(
                     f"the loss of step {state.step + 1} is {loss}; the last good state is the {good}. Lower "
                     "--learning_rate, or set --max_grad_norm"
                 )
-            rate = schedule.get_last_lr()[0]
+            rate = raw_optimizer.param_groups[0]["lr"]
             schedule.step()
             state.step += 1
             state.samples_seen += step.num_clips
-            state.position = Position(step.position.epoch, step.position.step + 1)
+            state.position = sampler.after(step.position)
             log.write(
                 step=state.step,
                 epoch=step.position.epoch,
@@ -254,69 +244,8 @@ def make_accelerator(options: Train, checkpoint: Checkpoint) -> Accelerator:
     return Accelerator(
         cpu=is_cpu,
         mixed_precision="fp16" if weights_are_fp16 else "no",  # fp16 gradients need a loss scaler, bf16 none
-        kwargs_handlers=[AutocastKwargs(enabled=False)],
+        kwargs_handlers=[AutocastKwargs(enabled=False), InitProcessGroupKwargs(timeout=PATIENCE)],
     )
-
-
-def resolve_options(options: Train, checkpoint: Checkpoint) -> Train:
-    """Options as they will be used and written down: what has its default from the checkpoint or from the prepared
-    set is filled in, and folders are absolute, so that the run can be repeated and sampled from anywhere."""
-    assert options.output_dir is not None and options.data.data_root is not None
-    check_text_length(checkpoint, options.encoding)
-    data = dataclasses.replace(options.data, data_root=options.data.data_root.absolute())
-    encoding = options.encoding
-    if options.training.load_tensors:
-        settings = check_prepared(checkpoint, PreparedSet(options.data.data_root))
-        tell_ignored(options, settings)
-        data = DataOptions(data_root=data.data_root, fps=settings["fps"])
-        encoding = dataclasses.replace(encoding, max_sequence_length=settings["max_sequence_length"])
-    else:
-        data = dataclasses.replace(data, **resolve_data_options(data, checkpoint))
-        in_root = data.dataset_file and data.data_root and data.data_root / data.dataset_file
-        if in_root:
-            found = in_root if in_root.is_file() else Path(str(data.dataset_file)).absolute()
-            data = dataclasses.replace(data, dataset_file=found)
-    model = options.model
-    if checkpoint.is_local:
-        model = dataclasses.replace(model, pretrained_model_name_or_path=str(checkpoint.folder.absolute()))
-    return dataclasses.replace(
-        options,
-        model=model,
-        data=data,
-        encoding=encoding,
-        output_dir=options.output_dir.absolute(),
-    )
-
-
-def tell_ignored(options: Train, settings: Mapping[str, Any]) -> None:
-    """Warn of options that shape a prepared set and are given where one is only read."""
-    asked = {**dataclasses.asdict(options.data), "use_tiling": options.encoding.use_tiling}
-    defaults = {**dataclasses.asdict(DataOptions()), "use_tiling": False}
-    ignored = [
-        f"--{name}"
-        for name, value in asked.items()
-        if name not in ("data_root", "strict") and value not in (defaults[name], settings.get(name))
-    ]
-    if ignored:
-        logger.warning(
-            "%s: without effect here, the set given with --load_tensors is trained on as it was prepared",
-            " ".join(ignored),
-        )
-
-
-def without_resume(options: Train) -> Train:
-    """Options as they are written down: to repeat a run is not to go on from what it went on from."""
-    return dataclasses.replace(options, training=dataclasses.replace(options.training, resume_from_checkpoint=None))
-
-
-def claim_run_folder(run: Path, options: Train) -> None:
-    """Make the run's folder, or take it over to go on. Raises UserError where it holds another run or is no use."""
-    if (run / "config.yaml").exists() and not options.training.resume_from_checkpoint:
-        raise UserError(
-            f"--output_dir {run}: holds a run already; add --resume_from_checkpoint latest to go on with it, or "
-            "choose another folder"
-        )
-    make_output_folder(run)
 
 
 def prepare_data(options: Train, checkpoint: Checkpoint, accelerator: Accelerator, stop: StopRequest) -> TrainingData:
@@ -326,7 +255,7 @@ def prepare_data(options: Train, checkpoint: Checkpoint, accelerator: Accelerato
         prepared = PreparedSet(options.data.data_root)
         entries = prepared.read_index()
         empty_prompt = check_prepared(checkpoint, prepared)["empty_prompt"]
-        lost = {file for entry in entries for file in entry.files.values() if not prepared.has(file)}
+        lost = {file for entry in entries for file in entry.all_files if not prepared.has(file)}
         if not prepared.has(empty_prompt):
             lost.add(empty_prompt)
         if lost:
@@ -336,8 +265,7 @@ def prepare_data(options: Train, checkpoint: Checkpoint, accelerator: Accelerato
             )
         return TrainingData(prepared, entries, empty_prompt)
     prepared = PreparedSet(options.output_dir / "prepared")
-    if accelerator.is_main_process:
-        prepare(checkpoint, options.data, options.encoding, prepared, accelerator.device, stop)
+    prepare(checkpoint, options.data, options.encoding, prepared, accelerator.device, stop)  # each process its part
     accelerator.wait_for_everyone()
     return TrainingData(prepared, prepared.read_index(), prepared.read_settings()["empty_prompt"])
 
@@ -355,67 +283,6 @@ def build_model(options: Train, checkpoint: Checkpoint, dtype: torch.dtype, devi
     if options.training.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()  # after all layers are in their blocks
     return transformer.to(device)
-
-
-def resume(
-    options: Train,
-    checkpoint: Checkpoint,
-    transformer,
-    optimizer,
-    schedule,
-    accelerator: Accelerator,
-    data: TrainingData,
-    sampler: Sampler,
-) -> TrainState:
-    """The state of a new training, or that of the checkpoint which the options name."""
-    assert options.output_dir is not None
-    counts_in: dict[str, Any] = {
-        "clips": hash_of([entry.key for entry in data.entries]),
-        "clips_per_micro_batch": sampler.batch_size * sampler.num_ranks,
-        "micro_batches": sampler.num_micro_batches,
-        "seed": sampler.seed,
-    }
-    identity = {
-        "base model": checkpoint.fingerprint("transformer"),
-        "--rank": options.lora.rank,
-        "--lora_alpha": options.lora.lora_alpha,
-        "--target_modules": sorted(options.lora.target_modules),
-    }
-    optimizer_options = dataclasses.asdict(options.optimizer)
-    choice = options.training.resume_from_checkpoint
-    folder = find_checkpoint(options.output_dir, choice) if choice else None
-    if folder is None:
-        if choice:
-            logger.info("no checkpoint in %s yet: starting from the beginning", options.output_dir)
-        return TrainState(identity=identity, optimizer_options=optimizer_options, sampler=counts_in)
-    fresh_groups = [{name: v for name, v in group.items() if name != "params"} for group in optimizer.param_groups]
-    fresh_rates = list(schedule.base_lrs)
-    state = load_checkpoint(folder, transformer, optimizer)
-    for name, value in identity.items():
-        if state.identity.get(name) != value:
-            raise UserError(
-                f"checkpoint {folder} is of another {name}: {state.identity.get(name)} there, {value} here; start "
-                "anew in another --output_dir"
-            )
-    schedule.load_state_dict({**schedule.state_dict(), **state.schedule})
-    if state.optimizer_options != optimizer_options:
-        changed = [name for name in optimizer_options if state.optimizer_options.get(name) != optimizer_options[name]]
-        logger.warning("from now on with another %s than before", ", ".join(f"--{name}" for name in changed))
-        schedule.base_lrs = fresh_rates
-        for group, fresh, rate, course in zip(
-            optimizer.param_groups, fresh_groups, fresh_rates, schedule.lr_lambdas, strict=True
-        ):
-            group.update({**fresh, "lr": rate * course(schedule.last_epoch), "initial_lr": rate})
-        schedule._last_lr = [group["lr"] for group in optimizer.param_groups]
-        state.optimizer_options = optimizer_options
-    if accelerator.scaler and state.scaler:
-        accelerator.scaler.load_state_dict(dict(state.scaler))
-    if state.sampler != counts_in:
-        differing = ", ".join(name for name in counts_in if state.sampler.get(name) != counts_in[name])
-        logger.warning("%s differ from those of the checkpoint: going on with the next epoch", differing)
-        state.position, state.sampler = Position(state.position.epoch + 1), counts_in
-    logger.info("going on from %s", folder)
-    return state
 
 
 def optimizer_step(

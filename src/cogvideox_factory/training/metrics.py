@@ -11,7 +11,7 @@ import psutil
 import torch
 from accelerate import Accelerator
 
-from cogvideox_factory.data.store import write_durably
+from cogvideox_factory.data.files import write_durably
 
 GIB = 1024**3
 

@@ -1,0 +1,113 @@
+"""Going on from a checkpoint: what must be the same, what may change, and where the training then stands.
+
+The learning rate is a function of the step alone, so that nothing of the schedule is saved. Rejected: saving its state;
+a run that is made longer on resume would take one more step at the rate of its old course.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Sequence
+
+import torch
+from accelerate import Accelerator
+
+from cogvideox_factory.config import OptimizerOptions, Train, UserError
+from cogvideox_factory.data.files import hash_of
+from cogvideox_factory.data.sampler import Position, Sampler
+from cogvideox_factory.data.store import Entry
+from cogvideox_factory.model.family import Checkpoint
+from cogvideox_factory.training.checkpoint import TrainState, find_checkpoint, load_checkpoint
+from cogvideox_factory.training.optimizers import build_schedule
+
+logger = logging.getLogger(__name__)
+
+
+def resume(
+    options: Train,
+    checkpoint: Checkpoint,
+    transformer,
+    optimizer: torch.optim.Optimizer,
+    accelerator: Accelerator,
+    entries: Sequence[Entry],
+    sampler: Sampler,
+) -> TrainState:
+    """The state of a new training, or that of the checkpoint which the options name, loaded into model and optimizer.
+
+    Raises UserError where there is no such checkpoint, or where it is of another model or adapter.
+    """
+    assert options.output_dir is not None
+    fresh = new_state(options, checkpoint, entries, sampler)
+    choice = options.training.resume_from_checkpoint
+    folder = find_checkpoint(options.output_dir, choice) if choice else None
+    if folder is None:
+        if choice:
+            logger.info("no checkpoint in %s yet: starting from the beginning", options.output_dir)
+        return fresh
+    hyperparameters = [dict(group) for group in optimizer.param_groups]
+    saved = load_checkpoint(folder, transformer, optimizer)
+    optimizer.param_groups[:] = hyperparameters  # those of the options, not those of the checkpoint
+    check_identity(saved, fresh, f"checkpoint {folder}")
+    tell_optimizer_changes(saved, fresh)
+    if accelerator.scaler and saved.scaler:
+        accelerator.scaler.load_state_dict(dict(saved.scaler))
+    logger.info("going on from %s", folder)
+    position = resumed_position(saved, fresh, sampler)
+    return dataclasses.replace(fresh, step=saved.step, samples_seen=saved.samples_seen, position=position)
+
+
+def new_state(options: Train, checkpoint: Checkpoint, entries: Sequence[Entry], sampler: Sampler) -> TrainState:
+    """The state before the first step."""
+    return TrainState(
+        identity={
+            "base model": checkpoint.fingerprint("transformer"),
+            "--rank": options.lora.rank,
+            "--lora_alpha": options.lora.lora_alpha,
+            "--target_modules": sorted(options.lora.target_modules),
+        },
+        optimizer_options=dataclasses.asdict(options.optimizer),
+        order={"clips": hash_of([entry.key for entry in entries]), "seed": sampler.seed},
+        layout=sampler.layout,
+    )
+
+
+def check_identity(saved: TrainState, fresh: TrainState, name: str) -> None:
+    """Raises UserError where the saved weights are not of the model and adapter that the options ask for."""
+    for what, value in fresh.identity.items():
+        if saved.identity.get(what) != value:
+            raise UserError(
+                f"{name} is of another {what}: {saved.identity.get(what)} there, {value} here; start anew in another "
+                "--output_dir"
+            )
+
+
+def tell_optimizer_changes(saved: TrainState, fresh: TrainState) -> None:
+    changed = [
+        f"--{option}"
+        for option, value in fresh.optimizer_options.items()
+        if saved.optimizer_options.get(option) != value
+    ]
+    if changed:
+        logger.warning("from now on with another %s than before", ", ".join(changed))
+
+
+def resumed_position(saved: TrainState, fresh: TrainState, sampler: Sampler) -> Position:
+    """Where the sampler goes on: in the order in which it stopped, or with an epoch of a new order."""
+    differing = [what for what, value in fresh.order.items() if saved.order.get(what) != value]
+    if differing:
+        logger.warning("%s differ from those of the checkpoint: going on with the next epoch", ", ".join(differing))
+        stands_between_epochs = saved.position == Position(saved.position.epoch)
+        return saved.position if stands_between_epochs else Position(saved.position.epoch + 1)
+    if saved.layout != fresh.layout:
+        logger.info("batches are made in another way than before: what is left of this epoch is divided anew")
+    return sampler.take_over(saved.position, saved.layout)
+
+
+def schedule_at(step: int, optimizer: torch.optim.Optimizer, options: OptimizerOptions, num_steps: int):
+    """The schedule of a training of `num_steps`, with the optimizer at the rate of its step `step`, counted from 0."""
+    schedule = build_schedule(optimizer, options, num_steps)
+    schedule.last_epoch = step
+    for group, rate, course in zip(optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
+        group["lr"] = rate * course(step)
+    return schedule

@@ -1,0 +1,82 @@
+"""What becomes of a run's options before it trains: filled in, checked against its folder, written down.
+
+Rejected: filling in defaults where they are used; config.yaml would then not repeat the run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cogvideox_factory.config import DataOptions, Train, UserError
+from cogvideox_factory.data.files import make_output_folder
+from cogvideox_factory.data.store import PreparedSet
+from cogvideox_factory.model.family import Checkpoint
+from cogvideox_factory.prepare import check_prepared
+from cogvideox_factory.resolve import check_text_length, resolve_data_options
+
+logger = logging.getLogger(__name__)
+
+
+def resolve_options(options: Train, checkpoint: Checkpoint) -> Train:
+    """Options as they will be used and written down: what has its default from the checkpoint or from the prepared
+    set is filled in, and folders are absolute, so that the run can be repeated and sampled from anywhere."""
+    assert options.output_dir is not None and options.data.data_root is not None
+    check_text_length(checkpoint, options.encoding.max_sequence_length)
+    data = dataclasses.replace(options.data, data_root=options.data.data_root.absolute())
+    encoding = options.encoding
+    if options.training.load_tensors:
+        settings = check_prepared(checkpoint, PreparedSet(options.data.data_root))
+        tell_ignored(options, settings)
+        data = DataOptions(data_root=data.data_root, fps=settings["fps"])
+        encoding = dataclasses.replace(encoding, max_sequence_length=settings["max_sequence_length"])
+    else:
+        data = dataclasses.replace(data, **resolve_data_options(data, checkpoint))
+        in_root = data.dataset_file and data.data_root and data.data_root / data.dataset_file
+        if in_root:
+            found = in_root if in_root.is_file() else Path(str(data.dataset_file)).absolute()
+            data = dataclasses.replace(data, dataset_file=found)
+    model = options.model
+    if checkpoint.is_local:
+        model = dataclasses.replace(model, pretrained_model_name_or_path=str(checkpoint.folder.absolute()))
+    return dataclasses.replace(
+        options,
+        model=model,
+        data=data,
+        encoding=encoding,
+        output_dir=options.output_dir.absolute(),
+    )
+
+
+def tell_ignored(options: Train, settings: Mapping[str, Any]) -> None:
+    """Warn of options that shape a prepared set and are given where one is only read."""
+    asked = {**dataclasses.asdict(options.data), "use_tiling": options.encoding.use_tiling}
+    defaults = {**dataclasses.asdict(DataOptions()), "use_tiling": False}
+    ignored = [
+        f"--{name}"
+        for name, value in asked.items()
+        if name not in ("data_root", "strict") and value not in (defaults[name], settings.get(name))
+    ]
+    if ignored:
+        logger.warning(
+            "%s: without effect here, the set given with --load_tensors is trained on as it was prepared",
+            " ".join(ignored),
+        )
+
+
+def without_resume(options: Train) -> Train:
+    """Options as they are written down: to repeat a run is not to go on from what it went on from."""
+    return dataclasses.replace(options, training=dataclasses.replace(options.training, resume_from_checkpoint=None))
+
+
+def claim_run_folder(run: Path, options: Train) -> None:
+    """Make the run's folder, or take it over to go on. Raises UserError where it holds another run or is no use."""
+    if (run / "config.yaml").exists() and not options.training.resume_from_checkpoint:
+        raise UserError(
+            f"--output_dir {run}: holds a run already; add --resume_from_checkpoint latest to go on with it, or "
+            "choose another folder"
+        )
+    make_output_folder(run)
