@@ -134,8 +134,8 @@ def build_model(folder: Path) -> None:
         layers_per_block=1,
         latent_channels=8,
         norm_num_groups=2,
-        sample_height=192,
-        sample_width=320,
+        sample_height=96,
+        sample_width=160,
     ).save_pretrained(folder / "vae")
 
 

@@ -166,7 +166,7 @@ class DataOptions:
     """Frames a second that clips are resampled to by their time stamps, so that they keep their speed. Default: the
     checkpoint's (8 for CogVideoX 1.0, 16 for 1.5)."""
     max_num_frames: Count = None
-    """Use no more frames of a clip than this, even where a larger bucket exists."""
+    """Make no excerpt longer than this, even where a clip fills a larger bucket."""
     skip_frames_start: Annotated[int, AtLeast(0)] = 0
     """Frames of the source to leave out at the start of every clip."""
     skip_frames_end: Annotated[int, AtLeast(0)] = 0

@@ -273,6 +273,7 @@ def _encode_clips(
                 for file, tensors in _encode_excerpt(encoder, excerpts[places[0]], frames, prepared, names):
                     writer.write(file, tensors)
                 outcomes[places[0][0]].was_encoded = True
+            del frames  # before the next ones come
             bar.update()
             stop.check("stopped while encoding clips, all that are done are kept; start again to go on")
     del encoder

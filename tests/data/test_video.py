@@ -137,6 +137,14 @@ def test_at_8_fps_the_frames_are_those_on_screen_every_eighth_of_a_second(tmp_pa
     assert numbers_at_rate(path, 8) == expected
 
 
+def test_files_joined_as_they_are_are_refused_instead_of_read_to_the_first_ones_end(tmp_path: Path) -> None:
+    path = numbered_file(tmp_path, 30, name="h264 in a transport stream")
+    assert len(read_timeline(path).times) == 30
+    path.write_bytes(path.read_bytes() * 2)
+    with pytest.raises(VideoError, match="begin again"):
+        read_timeline(path)
+
+
 def test_frames_of_h264_with_b_frames_in_avi_are_not_taken_out_of_order(tmp_path: Path) -> None:
     # An AVI has no presentation times, and those that FFmpeg guesses go backwards.
     images = [numbered(index) for index in range(60)]

@@ -46,13 +46,13 @@ def decode_ahead(requests: Iterator[tuple[Tag, FrameRequest]], num_workers: int)
         num_working = len(workers)
         while num_working:
             worker = ready.get()
-            tag, result = worker.tag, worker.take()
+            answer = [(worker.tag, worker.take())]
             following = next(requests, None)
             if following is None:
                 num_working -= 1
             else:
                 worker.send(following)
-            yield tag, result
+            yield answer.pop()  # and keep no hold on it: a clip is many megabytes
     finally:
         for worker in workers:
             worker.stop()

@@ -84,12 +84,15 @@ def read_timeline(path: Path) -> Timeline:
     """Time stamps of all frames, read from the packets; only the first frame is decoded. Raises VideoError."""
     with _open(path) as (container, stream):
         first: av.VideoFrame | None = None
-        num_stored = 0
+        num_stored, latest = 0, None
         shown: list[int | None] = []  # not the packets themselves, which hold the whole file
         for packet in container.demux(stream):
             if first is None:  # on the way, since a raw stream cannot be wound back
                 first = next(iter(packet.decode()), None)
             if packet.size:
+                if packet.dts is not None and latest is not None and packet.dts < latest:
+                    raise VideoError("has time stamps that begin again: several files joined as they are?")
+                latest = latest if packet.dts is None else packet.dts
                 num_stored += 1
                 if not packet.is_discard:
                     shown.append(packet.pts)
