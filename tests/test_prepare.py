@@ -17,6 +17,7 @@ import pytest
 import torch
 from av.video.reformatter import Interpolation
 from diffusers import AutoencoderKLCogVideoX, CogVideoXPipeline
+from diffusers.models.autoencoders.autoencoder_kl_cogvideox import CogVideoXEncoder3D
 from PIL import Image, ImageOps
 from safetensors.torch import load_file
 
@@ -224,14 +225,14 @@ def test_bf16_sees_the_pixels_and_gives_the_embeddings_of_stock_diffusers(
     """Stock scales pixels in fp32 and rounds once; to round twice shifts half of the grey levels, by up to a half."""
     write_lists(folder, {"c.mp4": "a red square"})
     seen = []
-    encode = AutoencoderKLCogVideoX.encode
+    forward = CogVideoXEncoder3D.forward
 
-    def look(vae: AutoencoderKLCogVideoX, pixels: torch.Tensor) -> Any:
+    def look(encoder: CogVideoXEncoder3D, pixels: torch.Tensor, **caches: Any) -> Any:
         seen.append(pixels.clone())
-        return encode(vae, pixels)
+        return forward(encoder, pixels, **caches)
 
     with monkeypatch.context() as patch:
-        patch.setattr(AutoencoderKLCogVideoX, "encode", look)
+        patch.setattr(CogVideoXEncoder3D, "forward", look)
         assert run(folder, tmp_path / "set", "--dtype", "bf16")[0] == 0
     (entry,) = PreparedSet(tmp_path / "set").read_index()
     pipeline = CogVideoXPipeline.from_pretrained(tiny_model, dtype=torch.bfloat16)

@@ -115,13 +115,13 @@ def test_the_vae_sees_every_pixel_value_rounded_once(
 ) -> None:
     encoder = VideoEncoder.load(checkpoint, dtype, CPU)
     seen: list[torch.Tensor] = []
-    encode = encoder.vae.encode
+    forward = encoder.vae.encoder.forward
 
-    def spy(pixels: torch.Tensor) -> Any:
+    def spy(pixels: torch.Tensor, **caches: Any) -> Any:
         seen.append(pixels.clone())
-        return encode(pixels)
+        return forward(pixels, **caches)
 
-    monkeypatch.setattr(encoder.vae, "encode", spy)
+    monkeypatch.setattr(encoder.vae.encoder, "forward", spy)
     values = np.tile(np.arange(256, dtype=np.uint8).reshape(16, 16, 1), (1, 1, 1, 3))
     encoder.encode(values)
     exact = torch.arange(256, dtype=torch.float64).reshape(16, 16) / 127.5 - 1

@@ -73,13 +73,15 @@ class VideoEncoder:
     ) -> VideoEncoder:
         vae = load_vae(checkpoint, dtype).to(device)
         vae.decoder = None  # never used here, and half of the weights
+        # A clip stays uint8 until the VAE takes a few frames, or a tile, of it: a quarter of the memory of fp32.
+        vae.encoder.register_forward_pre_hook(_normalize_pixels)
         spare_memory(vae, checkpoint, use_slicing=use_slicing, use_tiling=use_tiling)
         return cls(vae)
 
     @torch.no_grad()
     def encode(self, pixels_FHWC: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and log-variance of the raw latents, (channels, frames, height, width), of one uint8 video."""
-        pixels = self._to_unit_range(pixels_FHWC).to(self.vae.dtype)  # rounded once
+        pixels = torch.from_numpy(np.ascontiguousarray(pixels_FHWC)).to(self.vae.device)
         distribution = self.vae.encode(pixels.permute(3, 0, 1, 2)[None]).latent_dist
         return distribution.mean[0], distribution.logvar[0]
 
@@ -93,7 +95,7 @@ class VideoEncoder:
         time: sigma = exp(N(-3, 0.5)), as CogVideoX was trained ("CogVideoX: Text-to-Video Diffusion Models with An
         Expert Transformer", 2024, and its official code).
         """
-        pixels = self._to_unit_range(pixels_HWC)
+        pixels = to_unit_range(torch.from_numpy(np.ascontiguousarray(pixels_HWC)).to(self.vae.device))
         draws = []
         for _ in range(num_draws):
             sigma = torch.exp(IMAGE_NOISE_LOG_MEAN + IMAGE_NOISE_LOG_STD * torch.randn((), generator=generator))
@@ -105,9 +107,18 @@ class VideoEncoder:
             torch.cat([draw.logvar[:, :, 0] for draw in draws]),
         )
 
-    def _to_unit_range(self, pixels: np.ndarray) -> torch.Tensor:
-        """Pixels from 0 … 255 to -1 … 1, fp32, on the VAE's device."""
-        return torch.from_numpy(np.ascontiguousarray(pixels)).to(self.vae.device).float().div_(127.5).sub_(1)
+
+def to_unit_range(pixels: torch.Tensor) -> torch.Tensor:
+    """Pixels from 0 … 255 to -1 … 1, in fp32."""
+    return pixels.float().div_(127.5).sub_(1)
+
+
+def _normalize_pixels(encoder: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """What the VAE's encoder is called with, where that is uint8, in the encoder's type; rounded once."""
+    pixels, *rest = arguments
+    if pixels.dtype == torch.uint8:
+        pixels = to_unit_range(pixels).to(next(encoder.parameters()).dtype)
+    return pixels, *rest
 
 
 def tell_if_cut(tokenizer, prompt: str, max_tokens: int) -> None:
