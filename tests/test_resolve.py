@@ -167,3 +167,10 @@ def test_fewer_tokens_fit_only_where_positions_are_rotary(checkpoint: Checkpoint
         check_text_length(with_positions(checkpoint, rotary=False), 16)
     with pytest.raises(UserError, match=r"takes up to 226$"):
         check_text_length(with_positions(checkpoint, rotary=True), 300)
+
+
+@pytest.mark.parametrize("flags", [{"num_excerpts": 3}, {"excerpt_stride": 2}])
+def test_numbers_of_excerpts_without_a_mode_that_uses_them_are_refused(checkpoint: Checkpoint, flags: dict) -> None:
+    with pytest.raises(UserError, match=f"--{next(iter(flags))} .*--frame_extraction"):
+        resolve_data_options(DataOptions(**flags), checkpoint)
+    assert resolve_data_options(DataOptions(frame_extraction="slide", **flags), checkpoint)

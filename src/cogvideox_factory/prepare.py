@@ -42,6 +42,7 @@ FORMAT = 2
 # Processes of one launch wait for the slowest, and a launcher ends them all when one dies: no need to give up early.
 PATIENCE = datetime.timedelta(days=30)
 WRITES_IN_FLIGHT = 2
+STOPPED = "stopped while encoding clips, all that are done are kept; start again to go on"
 
 
 @dataclass
@@ -259,6 +260,7 @@ def _encode_clips(
         for files, frames in decoded:
             places = jobs[files]
             if isinstance(frames, Exception):
+                stop.check(STOPPED)  # whoever stops the program may have stopped the decoder
                 for index, _ in places:
                     if outcomes[index].reason is None:
                         _skip(outcomes[index], frames, data.strict)
@@ -275,7 +277,7 @@ def _encode_clips(
                 outcomes[places[0][0]].was_encoded = True
             del frames  # before the next ones come
             bar.update()
-            stop.check("stopped while encoding clips, all that are done are kept; start again to go on")
+            stop.check(STOPPED)
     del encoder
     free_memory()
 

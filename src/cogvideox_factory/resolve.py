@@ -18,8 +18,12 @@ SUPPORTED_SIZES = range(256, 2048 + 1)
 def resolve_data_options(data: DataOptions, checkpoint: Checkpoint) -> dict[str, Any]:
     """Buckets and rate: the checkpoint's where none are given, sizes made to divide.
 
-    Raises UserError for a number of frames that the VAE cannot encode.
+    Raises UserError for a number of frames that the VAE cannot encode, and for options that do not go together.
     """
+    if data.num_excerpts and data.frame_extraction not in ("uniform", "slide"):
+        raise UserError(f"--num_excerpts {data.num_excerpts}: needs --frame_extraction uniform or slide")
+    if data.excerpt_stride and data.frame_extraction != "slide":
+        raise UserError(f"--excerpt_stride {data.excerpt_stride}: needs --frame_extraction slide")
     frames, height, width = checkpoint.native_size
     frame_buckets = data.frame_buckets or (frames,)
     for number in frame_buckets:

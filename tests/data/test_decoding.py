@@ -239,14 +239,15 @@ def test_what_a_library_prints_does_not_come_between_the_frames(
     assert captured.out == "" and "a note" in captured.err and "another" in captured.err
 
 
-def test_ctrl_c_is_left_to_the_program_and_ends_no_process(files: list[Path]) -> None:
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_signals_to_all_processes_are_left_to_the_program(files: list[Path], sent: signal.Signals) -> None:
     before = child_processes()
     seen = []
 
     def requests() -> Iterator[tuple[int, FrameRequest]]:
         for number, path in enumerate(files):
             for pid in child_processes() - before:
-                os.kill(pid, signal.SIGINT)
+                os.kill(pid, sent)
                 seen.append(pid)
             yield number, request_for(path)
 

@@ -269,7 +269,7 @@ def test_a_file_of_variable_rate_plays_at_its_true_speed(tmp_path: Path) -> None
     assert numbers_shown(excerpt) == expected
 
 
-@pytest.mark.parametrize(("rate", "is_slow"), [(4, True), (5, True), (6, False), (8, False), (30, False)])
+@pytest.mark.parametrize(("rate", "is_slow"), [(4, True), (5, True), (6, True), (7, True), (8, False), (30, False)])
 def test_a_clip_keeps_its_speed_and_says_where_it_is_slower_than_the_training(
     tmp_path: Path, rate: int, is_slow: bool
 ) -> None:

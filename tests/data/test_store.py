@@ -322,3 +322,13 @@ def test_a_failed_write_names_the_file(tmp_path: Path, monkeypatch: pytest.Monke
     with pytest.raises(OSError, match="No space left on device") as caught:
         write_durably(tmp_path / "file.json", b"{}")
     assert caught.value.filename == str(tmp_path / "file.json")
+
+
+def test_a_file_name_that_is_not_utf8_comes_back_as_it_was(tmp_path: Path) -> None:
+    prepared = PreparedSet(tmp_path)
+    name = b"caf\xe9.mp4".decode("utf-8", "surrogateescape")
+    files = {"latents": ("latents/k.safetensors",), "prompt": ("prompts/k.safetensors",)}
+    entry = Entry(name, "名 caption", Bucket(17, 64, 96), files, "k")
+    prepared.write_index([entry], {})
+    prepared.write_json("report.json", {"skipped": [{"path": name}]})
+    assert prepared.read_index() == [entry]

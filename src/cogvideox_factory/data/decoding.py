@@ -131,7 +131,8 @@ def _read_whole(pipe: IO[bytes], target: memoryview) -> bool:
 
 def _serve(num_threads: int) -> None:
     """The life of a worker: until its input ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent decides what to finish
+    for number in (signal.SIGINT, signal.SIGTERM):  # they may reach all processes; the parent decides what to finish
+        signal.signal(number, signal.SIG_IGN)
     requests, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever a library prints must not come between the frames
     while True:

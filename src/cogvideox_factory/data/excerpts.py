@@ -21,6 +21,8 @@ from cogvideox_factory.data.files import hash_of_file
 from cogvideox_factory.data.video import Box, FrameRequest, Timeline, VideoError, read_timeline
 
 DEFAULT_UNIFORM_EXCERPTS = 4
+# Frames further apart than this many intervals of the training rate are shown twice; rates such as 7.99 are not meant.
+REPEATING = 1.02
 
 
 class TooShort(VideoError):
@@ -79,7 +81,7 @@ class Excerpt:
     def repeats_frames(self, fps: float) -> bool:
         """Whether the source has so few frames a second that some stand twice among the times."""
         times = self.timeline.times
-        return len(times) > 1 and float(np.median(np.diff(times))) > 1.5 / fps
+        return len(times) > 1 and float(np.median(np.diff(times))) > REPEATING / fps
 
 
 def read_excerpts(clip: Clip, data: DataOptions) -> list[Excerpt]:
@@ -106,7 +108,7 @@ def read_excerpts(clip: Clip, data: DataOptions) -> list[Excerpt]:
     excerpts = []
     for start in excerpt_starts(len(times), bucket.frames, data):
         views = choose_views(size, bucket, data, seed=f"{content}/{start}")
-        excerpt_times = times[start : start + bucket.frames]
+        excerpt_times = times[start : start + bucket.frames].copy()  # not a hold on all times of a long clip
         excerpts.append(Excerpt(clip, content, timeline, excerpt_times, bucket, size, views))
     return excerpts
 

@@ -88,11 +88,11 @@ class PreparedSet:
     def write_index(self, entries: Iterable[Entry], settings: Mapping[str, Any]) -> None:
         """Make these entries the content of the set. Settings first: an index never stands without them."""
         self.write_json("settings.json", settings)
-        lines = "".join(json.dumps(asdict(entry), ensure_ascii=False) + "\n" for entry in entries)
+        lines = "".join(_as_json(asdict(entry)) + "\n" for entry in entries)
         write_durably(self.folder / "index.jsonl", lines.encode())
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
-        write_durably(self.folder / name, json.dumps(content, indent=2, ensure_ascii=False).encode())
+        write_durably(self.folder / name, _as_json(content, indent=2).encode())
 
     def read_settings(self) -> dict[str, Any]:
         """Raises UserError where this is no prepared set."""
@@ -119,6 +119,16 @@ class PreparedSet:
         if not entries:
             raise UserError(f"{path} lists no clip")
         return entries
+
+
+def _as_json(content: Any, indent: int | None = None) -> str:
+    """Readable where the text is UTF-8; a file name that is not is escaped, and read back as it was."""
+    text = json.dumps(content, indent=indent, ensure_ascii=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return json.dumps(content, indent=indent)
+    return text
 
 
 def _entry_from_json(line: dict[str, Any]) -> Entry:
