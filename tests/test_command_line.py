@@ -135,10 +135,16 @@ def test_other_names_that_scripts_use_mean_the_same() -> None:
 
 
 def test_needless_flags_are_accepted_and_explained(capsys: pytest.CaptureFixture[str]) -> None:
-    flags = [*REQUIRED, "--save_latents_and_embeddings", "--batch_size", "4", "--num_artifact_workers=2", "--fps", "8"]
-    assert parse_command(Prepare, "prepare", flags).data.fps == 8
+    needless = ["--save_latents_and_embeddings", "--batch_size", "4", "--num_artifact_workers=2", "--use_slicing"]
+    assert parse_command(Prepare, "prepare", [*REQUIRED, *needless, "--fps", "8"]).data.fps == 8
     messages = capsys.readouterr().err
-    assert all(name in messages for name in ("--save_latents_and_embeddings", "--batch_size", "--num_artifact_workers"))
+    assert all(flag.partition("=")[0] in messages for flag in needless if flag != "4")
+    assert parse("--use_slicing", "--rank", "8").lora.rank == 8
+    assert "--use_slicing" in capsys.readouterr().err
+
+
+def test_needless_options_in_yaml_are_no_error(tmp_path: Path) -> None:
+    assert parse("--config", yaml_file(tmp_path, "use_slicing: false\nrank: 8")).lora.rank == 8
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -27,7 +27,7 @@ from cogvideox_factory.data.video import write_video
 from cogvideox_factory.demo.tiny_model import build_tiny_pipeline
 from cogvideox_factory.model.encoders import TextEncoder, VideoEncoder
 from cogvideox_factory.model.family import Checkpoint, open_checkpoint
-from cogvideox_factory.prepare import check_prepared, encode_prompts, prepare
+from cogvideox_factory.prepare import check_prepared, prepare
 from cogvideox_factory.resolve import resolve_data_options
 from cogvideox_factory.stopping import Stopped, StopRequest
 
@@ -457,40 +457,45 @@ def resolved(folder: Path, checkpoint: Checkpoint) -> DataOptions:
     return replace(data, **resolve_data_options(data, checkpoint))
 
 
-def test_a_request_to_stop_ends_the_work_and_what_is_encoded_is_kept(
-    folder: Path, tmp_path: Path, checkpoint: Checkpoint, counts: Counts, monkeypatch: pytest.MonkeyPatch
+def test_a_request_to_stop_ends_the_work_before_the_next_clip_is_read(
+    folder: Path, tmp_path: Path, checkpoint: Checkpoint, counts: Counts
 ) -> None:
-    data, prepared = resolved(folder, checkpoint), PreparedSet(tmp_path / "set")
     stop = StopRequest()
     stop.requested = True
     with pytest.raises(Stopped):
-        prepare(checkpoint, data, EncodingOptions(), prepared, CPU, stop)
+        prepare(checkpoint, resolved(folder, checkpoint), EncodingOptions(), PreparedSet(tmp_path / "set"), CPU, stop)
     assert counts.captions == [] and counts.videos == 0
-    for encoder, expected in ((TextEncoder, (1, 0)), (VideoEncoder, (4, 1))):
-        stop = StopRequest()
-        encode = encoder.encode
 
-        def encode_then_ask(self: Any, given: Any, encode=encode, stop=stop) -> Any:
-            stop.requested = True
-            return encode(self, given)
 
-        with monkeypatch.context() as patch:
-            patch.setattr(encoder, "encode", encode_then_ask)
-            with pytest.raises(Stopped, match="start again to go on"):
-                prepare(checkpoint, data, EncodingOptions(), prepared, CPU, stop)
-            if encoder is TextEncoder:  # one caption a time, so the others follow
-                assert (len(counts.captions), counts.videos) == expected
-        stop = StopRequest()
-        if encoder is TextEncoder:
-            assert len(tensor_files(tmp_path / "set")) == 1
-            encode_prompts(checkpoint, EncodingOptions(), prepared, ["", *read_lists(folder).values()], CPU, stop)
-        assert (len(counts.captions), counts.videos) == (4, expected[1])
-        assert not (tmp_path / "set/index.jsonl").exists()
-    assert len(tensor_files(tmp_path / "set")) == 4 + 1
+@pytest.mark.parametrize(("encoder", "captions", "videos"), [(TextEncoder, 1, 0), (VideoEncoder, 4, 1)])
+def test_a_request_to_stop_keeps_what_is_encoded(
+    folder: Path,
+    tmp_path: Path,
+    checkpoint: Checkpoint,
+    counts: Counts,
+    monkeypatch: pytest.MonkeyPatch,
+    encoder: Any,
+    captions: int,
+    videos: int,
+) -> None:
+    data, prepared, stop = resolved(folder, checkpoint), PreparedSet(tmp_path / "set"), StopRequest()
+    encode = encoder.encode
+
+    def ask_then_encode(self: Any, given: Any) -> Any:
+        stop.requested = True
+        return encode(self, given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(encoder, "encode", ask_then_encode)
+        with pytest.raises(Stopped, match="start again to go on"):
+            prepare(checkpoint, data, EncodingOptions(), prepared, CPU, stop)
+    assert (len(counts.captions), counts.videos) == (captions, videos)
+    assert len(tensor_files(tmp_path / "set")) == captions + videos
+    assert not (tmp_path / "set/index.jsonl").exists()
     entries = prepare(checkpoint, data, EncodingOptions(), prepared, CPU, StopRequest())
     assert entries == prepared.read_index() and len(entries) == 3
     assert (len(counts.captions), counts.videos) == (4, 3)  # nothing twice
-    assert report(tmp_path / "set") == {"clips": 3, "encoded": 2, "reused": 1, "skipped": []}
+    assert report(tmp_path / "set") == {"clips": 3, "encoded": 3 - videos, "reused": videos, "skipped": []}
 
 
 def test_sigterm_stops_the_command_with_code_75_after_the_clip_in_hand(
@@ -557,7 +562,6 @@ def test_every_option_that_changes_the_tensors_gives_other_files(run: Run, folde
         (("--skip_frames_start", "1"), {"latents"}),
         (("--random_flip", "1"), {"latents"}),
         (("--video_reshape_mode", "none"), set()),  # this clip has the shape of its bucket
-        (("--use_slicing",), set()),  # a way to save memory that leaves the tensors as they are
         (("--dtype", "fp32"), set()),  # as on a CPU without the flag
         (("--max_sequence_length", "226"), set()),  # the checkpoint's
     ):
@@ -579,14 +583,13 @@ def test_tiling_is_really_switched_on(run: Run, folder: Path, tmp_path: Path, mo
     encode = VideoEncoder.encode
 
     def look(encoder: VideoEncoder, pixels: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        vaes.append((encoder.vae.use_tiling, encoder.vae.use_slicing, encoder.vae.dtype))
+        vaes.append((encoder.vae.use_tiling, encoder.vae.dtype))
         return encode(encoder, pixels)
 
     monkeypatch.setattr(VideoEncoder, "encode", look)
     assert run(folder, tmp_path / "plain")[0] == 0
     assert run(folder, tmp_path / "tiled", "--use_tiling", "--dtype", "bf16")[0] == 0
-    assert run(folder, tmp_path / "sliced", "--use_slicing")[0] == 0
-    assert vaes == [(False, False, torch.float32), (True, False, torch.bfloat16), (False, True, torch.float32)]
+    assert vaes == [(False, torch.float32), (True, torch.bfloat16)]
 
 
 def test_a_set_of_other_encoders_is_refused_and_prepared_anew_beside_the_old(

@@ -80,6 +80,7 @@ def _flags_from_yaml(path: Path, command_class: type) -> list[str]:
     """A YAML file as flags, so that a value means the same in both places and is checked by the same parser."""
     own = option_values(command_class())
     known = {name for command in COMMANDS.values() for name in option_values(command())}
+    known |= {name for needless in NEEDLESS.values() for name in needless}  # config.yaml of an earlier version has them
     flags: list[str] = []
     for name, value in read_config(path).items():
         if name == "version":  # of the program that wrote a run's config.yaml

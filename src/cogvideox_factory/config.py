@@ -192,8 +192,6 @@ class EncodingOptions:
     """Tokens of a caption that the text encoder reads. Default: the checkpoint's (226)."""
     dtype: Precision = None
     """Precision of the VAE and the text encoder. Default: the checkpoint's own on a GPU, fp32 on a CPU."""
-    use_slicing: bool = False
-    """Let the VAE work on one clip at a time where several come together."""
     use_tiling: bool = False
     """Let the VAE work tile by tile: much less memory, slightly different latents at the seams."""
     num_image_draws: Annotated[int, AtLeast(1)] = 4
@@ -462,8 +460,11 @@ COMMANDS: dict[str, type[Command]] = {
     "report": Report,
 }
 # Flags that existing scripts use and that have become needless: accepted, with a line that says what happens instead.
+_SLICING = {"use_slicing": "clips are encoded one by one"}
 NEEDLESS: dict[type, dict[str, str]] = {
+    Train: _SLICING,
     Prepare: {
+        **_SLICING,
         "save_latents_and_embeddings": "latents and embeddings are always saved",
         "save_image_latents": "what image-to-video models need is saved for them by itself",
         "batch_size": "clips are encoded one by one, which gives the same tensors and needs the least memory",

@@ -170,6 +170,7 @@ def _look(
         for place, frames in decoded:
             excerpt = excerpts[place]
             if isinstance(frames, Exception):
+                stop.check(STOPPED)  # whoever stops the program may have stopped the decoder
                 broken[place[0]] = Problem("unreadable", (excerpt.clip.source,), str(frames))
             else:
                 sights[place] = _see(excerpt, excerpt.see(frames, excerpt.views[0]), place in with_frames)

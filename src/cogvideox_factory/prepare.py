@@ -269,7 +269,6 @@ def _encode_clips(
                     checkpoint,
                     checkpoint.dtype_for(encoding.dtype, device),
                     device,
-                    use_slicing=encoding.use_slicing,
                     use_tiling=encoding.use_tiling,
                 )
                 for file, tensors in _encode_excerpt(encoder, excerpts[places[0]], frames, prepared, names):

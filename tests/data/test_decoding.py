@@ -169,6 +169,21 @@ def test_a_crash_costs_the_file_that_caused_it_and_no_other(files: list[Path], w
             np.testing.assert_array_equal(answer, plainly_decoded(files[0].with_name(tag)))
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_process_that_is_killed_once_for_no_fault_of_the_file_costs_nothing(
+    files: list[Path], tmp_path: Path, workers: int
+) -> None:
+    # As the kernel does where memory runs out: the first process that takes the request dies, the next does not.
+    mark = tmp_path / "killed"
+    dying = f"__import__('os').path.exists({str(mark)!r}) or (open({str(mark)!r}, 'w'), __import__('os')._exit(9))"
+    requests = [("a", request_doing(dying, files[0])), *((path.name, request_for(path)) for path in files[1:])]
+    answers = dict(decode_ahead(iter(requests), workers))
+    assert mark.exists() and len(answers) == len(files)
+    np.testing.assert_array_equal(answers["a"], plainly_decoded(files[0]))
+    for path in files[1:]:
+        np.testing.assert_array_equal(answers[path.name], plainly_decoded(path))
+
+
 def test_a_crash_over_a_request_that_is_not_yet_sent_whole_is_a_crash_like_any_other(files: list[Path]) -> None:
     crashing = request_doing("__import__('os')._exit(3)", files[0])
     long_clip = replace(crashing, times=np.linspace(0, 0.7, 2_000_000))  # megabytes, more than a pipe holds

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -12,9 +12,11 @@ from typing import Any
 import av
 import numpy as np
 import pytest
+import rendered_videos
 from av.video.reformatter import Interpolation
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rendered_videos import number_of
 
 from cogvideox_factory.config import DataOptions
 from cogvideox_factory.data.buckets import Bucket
@@ -33,44 +35,11 @@ FPS = 8
 
 
 def numbered(index: int, height: int = 32, width: int = 48) -> np.ndarray:
-    """A picture whose left half tells the low digit of a number in base 16, and whose right half the high one."""
-    image = np.empty((height, width, 3), dtype=np.uint8)
-    image[:, : width // 2] = index % 16 * 15 + 15
-    image[:, width // 2 :] = index // 16 * 15 + 15
-    return image
+    return rendered_videos.numbered(index, height, width)
 
 
-def number_of(image: np.ndarray) -> int:
-    """The number that a picture of `numbered` shows."""
-    height, width = image.shape[:2]
-    row = image[height // 4 : -height // 4].astype(float).mean(axis=(0, 2))
-    low, high = row[width // 8 : width * 3 // 8].mean(), row[width * 5 // 8 : width * 7 // 8].mean()
-    return round((low - 15) / 15) + 16 * round((high - 15) / 15)
-
-
-def video_file(
-    path: Path,
-    images: Sequence[np.ndarray],
-    rate: int = FPS,
-    *,
-    seconds: Sequence[float] | None = None,
-    change_stream: Callable[[Any], None] = lambda stream: None,
-) -> Path:
-    """A video of these pictures; `seconds` are their time stamps where the rate varies."""
-    with av.open(str(path), "w") as container:
-        stream: Any = container.add_stream("libx264", rate=rate, options={"crf": "4", "preset": "ultrafast"})
-        stream.height, stream.width = images[0].shape[:2]
-        stream.pix_fmt = "yuv420p"
-        if seconds is not None:
-            stream.codec_context.time_base = Fraction(1, 1000)
-        change_stream(stream)
-        for index, image in enumerate(images):
-            frame = av.VideoFrame.from_ndarray(image, format="rgb24")
-            if seconds is not None:
-                frame.pts, frame.time_base = round(seconds[index] * 1000), Fraction(1, 1000)
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
-    return path
+def video_file(path: Path, images: Sequence[np.ndarray], rate: int = FPS, **more: Any) -> Path:
+    return rendered_videos.video_file(path, images, rate, **more)
 
 
 def clip_of(path: Path) -> Clip:

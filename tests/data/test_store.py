@@ -227,7 +227,7 @@ def test_a_new_index_replaces_the_old_one(tmp_path: Path) -> None:
     prepared.write_index([entry("a.mp4"), entry("b.mp4")], SETTINGS)
     prepared.write_index([entry("c.mp4")], {**SETTINGS, "fps": 16.0})
     assert [item.source for item in prepared.read_index()] == ["c.mp4"]
-    assert prepared.read_settings() == {**SETTINGS, "fps": 16.0}
+    assert prepared.read_settings().items() >= {**SETTINGS, "fps": 16.0}.items()
 
 
 def test_an_index_never_stands_without_its_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -243,6 +243,26 @@ def test_an_index_never_stands_without_its_settings(tmp_path: Path, monkeypatch:
     with pytest.raises(OSError, match="No space left"):
         PreparedSet(tmp_path).write_index([entry()], SETTINGS)
     assert written == ["settings.json", "index.jsonl"]
+
+
+def test_old_entries_are_never_taken_under_new_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepared = PreparedSet(tmp_path)
+    prepared.write_index([entry()], SETTINGS)
+    write = write_durably
+
+    def disk_full_for_the_index(path: Path, content: bytes) -> None:
+        if path.name == "index.jsonl":
+            raise OSError(28, "No space left on device")
+        write(path, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("cogvideox_factory.data.store.write_durably", disk_full_for_the_index)
+        with pytest.raises(OSError, match="No space left"):
+            prepared.write_index([entry(source="b.mp4")], {**SETTINGS, "fps": 16.0})
+    with pytest.raises(UserError, match="does not belong to the settings"):
+        prepared.read_index()
+    prepared.write_index([entry(source="b.mp4")], {**SETTINGS, "fps": 16.0})
+    assert [item.source for item in prepared.read_index()] == ["b.mp4"]
 
 
 def test_a_folder_that_is_no_prepared_set_is_named(tmp_path: Path) -> None:

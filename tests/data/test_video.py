@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import av
@@ -13,8 +14,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rendered_videos import LOSSLESS_H264, number_of, numbered, video_file
 
 from cogvideox_factory.config import DataOptions
+from cogvideox_factory.data import video
 from cogvideox_factory.data.buckets import Bucket
 from cogvideox_factory.data.excerpts import choose_views, scaled_size
 from cogvideox_factory.data.video import (
@@ -28,7 +31,6 @@ from cogvideox_factory.data.video import (
 )
 
 HEIGHT, WIDTH = 48, 64
-LOSSLESS_H264 = {"crf": "0", "preset": "ultrafast"}
 # What `video_file` can write: name → ending, codec, options of the codec.
 FORMATS: dict[str, tuple[str, str, dict[str, str]]] = {
     "h264 in mp4": ("mp4", "libx264", LOSSLESS_H264),
@@ -38,50 +40,6 @@ FORMATS: dict[str, tuple[str, str, dict[str, str]]] = {
     "h264 in a transport stream": ("ts", "libx264", {"crf": "10", "bf": "3"}),
     "vp9 in webm": ("webm", "libvpx-vp9", {"crf": "4", "b": "0", "deadline": "realtime", "cpu-used": "8"}),
 }
-
-
-def numbered(index: int, height: int = HEIGHT, width: int = WIDTH) -> np.ndarray:
-    """A picture whose left half tells the low digit of a number in base 16, and whose right half the high one."""
-    image = np.empty((height, width, 3), dtype=np.uint8)
-    image[:, : width // 2] = index % 16 * 15 + 15
-    image[:, width // 2 :] = index // 16 * 15 + 15
-    return image
-
-
-def number_of(image: np.ndarray) -> int:
-    """The number that a picture of `numbered` shows."""
-    height, width = image.shape[:2]
-    row = image[height // 4 : -height // 4].astype(float).mean(axis=(0, 2))
-    low, high = row[width // 8 : width * 3 // 8].mean(), row[width * 5 // 8 : width * 7 // 8].mean()
-    return round((low - 15) / 15) + 16 * round((high - 15) / 15)
-
-
-def video_file(
-    path: Path,
-    images: Sequence[np.ndarray],
-    rate: Fraction | int = 30,
-    codec: str = "libx264",
-    options: dict[str, str] | None = None,
-    *,
-    seconds: Sequence[float] | None = None,
-    container_options: dict[str, str] | None = None,
-    change_stream: Callable[[Any], None] = lambda stream: None,
-) -> Path:
-    """A video of these pictures; `seconds` are their time stamps where the rate varies."""
-    with av.open(str(path), "w", options=container_options or {}) as container:
-        stream: Any = container.add_stream(codec, rate=rate, options=options or LOSSLESS_H264)
-        stream.height, stream.width = images[0].shape[:2]
-        stream.pix_fmt = "yuv420p"
-        if seconds is not None:
-            stream.codec_context.time_base = Fraction(1, 1000)
-        change_stream(stream)
-        for index, image in enumerate(images):
-            frame = av.VideoFrame.from_ndarray(image, format="rgb24")
-            if seconds is not None:
-                frame.pts, frame.time_base = round(seconds[index] * 1000), Fraction(1, 1000)
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
-    return path
 
 
 def numbered_file(folder: Path, count: int, rate: Fraction | int = 30, name: str = "h264 in mp4", **more: Any) -> Path:
@@ -135,6 +93,58 @@ def test_at_8_fps_the_frames_are_those_on_screen_every_eighth_of_a_second(tmp_pa
     expected = [math.floor(k * 30 / 8) for k in range(16)]
     assert [on_screen(plainly_decoded(path), k / 8) for k in range(16)] == expected
     assert numbers_at_rate(path, 8) == expected
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("first", [0, 30, 100, 190])
+def test_late_frames_are_those_of_decoding_from_the_start(tmp_path: Path, name: str, first: int) -> None:
+    codec_options = {"g": "24", "sc_threshold": "0"}  # a key frame a second, so that there is where to jump to
+    ending, codec, options = FORMATS[name]
+    images = [numbered(index) for index in range(240)]
+    path = video_file(tmp_path / f"long.{ending}", images, 24, codec, {**options, **codec_options})
+    plain = plainly_decoded(path)
+    assert [number for _, number in plain] == list(range(240))
+    times = np.array([plain[index][0] + 0.001 for index in range(first, 240, 6)])
+    assert numbers_at(path, times) == list(range(first, 240, 6))
+
+
+def test_a_late_excerpt_of_a_long_file_does_not_decode_what_comes_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = [numbered(index) for index in range(240)]
+    path = video_file(tmp_path / "long.mp4", images, 24, options={**LOSSLESS_H264, "g": "24", "sc_threshold": "0"})
+    timeline, decoded = read_timeline(path), []
+    stamped = video._stamped
+
+    def count(*arguments: Any) -> Any:
+        for time, frame in stamped(*arguments):
+            decoded.append(time)
+            yield time, frame
+
+    monkeypatch.setattr(video, "_stamped", count)
+    times = np.array([8.5, 8.75])
+    read_frames(FrameRequest(path, timeline, times, HEIGHT, WIDTH, Box(0, 0, HEIGHT, WIDTH)))
+    assert 7 < decoded[0] <= 8.5 and len(decoded) < 48
+
+
+def test_where_a_jump_leads_too_far_all_is_decoded() -> None:
+    class Container:
+        """Stands in for a file whose index is wrong, which no encoder writes."""
+
+        format = SimpleNamespace(name="matroska,webm")
+        begins = 0.0
+
+        def seek(self, offset: int, stream: Any = None) -> None:
+            self.begins = 5.0 if stream else 0.0
+
+        def decode(self, stream: Any) -> Any:
+            yield from (SimpleNamespace(time=time) for time in np.arange(self.begins, 8.0))
+
+    container: Any = Container()
+    stream: Any = SimpleNamespace(time_base=Fraction(1, 1000))
+    timeline = Timeline(np.arange(8.0), 8.0, HEIGHT, WIDTH, origin=0.0)
+    assert [time for time, _ in video._decode(container, stream, timeline, 6.0)] == [5.0, 6.0, 7.0]
+    assert [time for time, _ in video._decode(container, stream, timeline, 4.0)] == list(range(8))
 
 
 def test_files_joined_as_they_are_are_refused_instead_of_read_to_the_first_ones_end(tmp_path: Path) -> None:

@@ -46,7 +46,11 @@ def decode_ahead(requests: Iterator[tuple[Tag, FrameRequest]], num_workers: int)
         num_working = len(workers)
         while num_working:
             worker = ready.get()
-            answer = [(worker.tag, worker.take())]
+            result = worker.take()
+            if result is None:
+                continue
+            answer = [(worker.tag, result)]
+            del result
             following = next(requests, None)
             if following is None:
                 num_working -= 1
@@ -78,6 +82,10 @@ class _Worker(Generic[Tag]):
     def send(self, item: tuple[Tag, FrameRequest]) -> None:
         """Let the process decode; it lines up in `ready` when it has an answer."""
         self.tag, self.request = item
+        self.is_second_try = False
+        self._ask()
+
+    def _ask(self) -> None:
         if self.process is None or self.process.poll() is not None:
             command = [sys.executable, "-P", "-m", __name__, str(self.num_threads)]
             self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
@@ -92,8 +100,11 @@ class _Worker(Generic[Tag]):
         self.answer = self.process.stdout.read(1)
         self.ready.put(self)
 
-    def take(self) -> np.ndarray | Exception:
-        """The frames, or why there are none."""
+    def take(self) -> np.ndarray | Exception | None:
+        """The frames, or why there are none; None where a new process tries again.
+
+        Once: a process may have died for a reason of the machine's, such as its memory, and not of the file.
+        """
         assert self.process and self.process.stdout
         if self.answer == _FRAMES:
             frames = np.empty(self.request.shape, np.uint8)
@@ -103,6 +114,10 @@ class _Worker(Generic[Tag]):
             return pickle.load(self.process.stdout)
         code = self.process.wait()
         self.process = None
+        if not self.is_second_try:
+            self.is_second_try = True
+            self._ask()
+            return None
         reason = signal.strsignal(-code) if code < 0 else f"exit code {code}"
         return VideoError(f"the decoder crashed on it ({reason})")
 

@@ -22,7 +22,12 @@ UNFINISHED_SECONDS = 3600.0
 
 def hash_of(*parts: Any) -> str:
     """Hex digest of JSON-able parts, short enough for a file name and long enough never to collide."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+    return hash_of_bytes(json.dumps(parts, sort_keys=True).encode())
+
+
+def hash_of_bytes(content: bytes) -> str:
+    """Hex digest of a content that is in memory."""
+    return hashlib.sha256(content).hexdigest()[:32]
 
 
 def hash_of_file(path: Path) -> str:

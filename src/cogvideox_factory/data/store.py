@@ -1,7 +1,7 @@
 """The prepared set on disk: what is in it, whether it still holds, reading and writing it.
 
     index.jsonl            one line an excerpt of a clip: source, start, caption, bucket, files, key
-    settings.json          what all entries share: the encoders, the rate, the empty prompt's file
+    settings.json          what all entries share: the encoders, the rate, the empty prompt's file; the index's hash
     report.json            what the last `prepare` did
     latents/KEY.safetensors    mean and logvar of the VAE's latent distribution, (channels, frames, height, width)
     images/KEY.safetensors     image-to-video only: mean and logvar of noised first frames, (draws, channels, height,
@@ -28,7 +28,7 @@ from safetensors.torch import load, save
 
 from cogvideox_factory.config import RunError, UserError
 from cogvideox_factory.data.buckets import Bucket
-from cogvideox_factory.data.files import write_durably
+from cogvideox_factory.data.files import hash_of_bytes, write_durably
 
 
 @dataclass(frozen=True)
@@ -86,10 +86,14 @@ class PreparedSet:
             raise DamagedEntry(f"{self.folder / file} cannot be read ({error}); delete it and prepare again") from error
 
     def write_index(self, entries: Iterable[Entry], settings: Mapping[str, Any]) -> None:
-        """Make these entries the content of the set. Settings first: an index never stands without them."""
-        self.write_json("settings.json", settings)
-        lines = "".join(_as_json(asdict(entry)) + "\n" for entry in entries)
-        write_durably(self.folder / "index.jsonl", lines.encode())
+        """Make these entries the content of the set.
+
+        Settings first, so that an index never stands without them, and with the index's hash, so that a disk which
+        fills up in between does not put the old entries under the new settings.
+        """
+        index = "".join(_as_json(asdict(entry)) + "\n" for entry in entries).encode()
+        self.write_json("settings.json", {**settings, "index": hash_of_bytes(index)})
+        write_durably(self.folder / "index.jsonl", index)
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
         write_durably(self.folder / name, _as_json(content, indent=2).encode())
@@ -108,16 +112,23 @@ class PreparedSet:
             raise UserError(f"{path} is damaged ({error}); run `prepare` again, nothing is encoded twice") from error
 
     def read_index(self) -> list[Entry]:
-        """Entries of the set. Raises UserError where there are none, or the index is damaged."""
-        self.read_settings()
+        """Entries of the set. Raises UserError where there are none, or the index is damaged or not that of the
+        settings."""
+        settings = self.read_settings()
         path = self.folder / "index.jsonl"
+        content = path.read_bytes()
         try:
-            lines = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+            lines = [json.loads(line) for line in content.decode().split("\n") if line]
             entries = [_entry_from_json(line) for line in lines]
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise UserError(f"{path} is damaged ({error}); run `prepare` again, nothing is encoded twice") from error
         if not entries:
             raise UserError(f"{path} lists no clip")
+        if settings.get("index") != hash_of_bytes(content):
+            raise UserError(
+                f"{path} does not belong to the settings.json beside it: a `prepare` was cut short, or the file was "
+                "edited; run `prepare` again, nothing is encoded twice"
+            )
         return entries
 
 

@@ -27,6 +27,10 @@ TIME_TOLERANCE_SECONDS = 1e-3
 # A clip that seems longer than this has a broken time stamp, and would be sampled into more frames than memory holds.
 LONGEST_SECONDS = 7 * 24 * 3600.0
 
+# Containers whose index leads exactly to a key frame, and the seconds to skip from which a jump is worth while.
+SEEKABLE_FORMATS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")
+SEEK_SECONDS = 2.0
+
 # How much the shape of the picture may change within a file before its frames would be stretched.
 ASPECT_TOLERANCE = 0.02
 
@@ -43,6 +47,7 @@ class Timeline:
     end: float  # when the last frame goes
     height: int
     width: int
+    origin: float | None = None  # the first frame's own time stamp in seconds; None where there is none to go by
 
     def sample_times(self, fps: float, skip_start: int = 0, skip_end: int = 0) -> np.ndarray:
         """Times, in seconds, at which the clip gives a frame at this rate, once frames of the source are skipped."""
@@ -106,16 +111,17 @@ def read_timeline(path: Path) -> Timeline:
         stamps = sorted(stamp for stamp in shown if stamp is not None)
         if len(stamps) == len(shown) and stream.time_base and container.format.name != "avi":
             times = np.array(stamps, dtype=np.float64) * float(stream.time_base)
-            times -= times[0]
+            origin = float(times[0])
+            times -= origin
             spacing = float(np.median(np.diff(times))) if len(times) > 1 else 1 / rate if rate else 0.0
         elif rate:
-            times, spacing = np.arange(len(shown)) / rate, 1 / rate
+            times, spacing, origin = np.arange(len(shown)) / rate, 1 / rate, None
         else:
             raise VideoError("has neither time stamps nor a frame rate")
         if times[-1] > LONGEST_SECONDS:
             raise VideoError(f"has a broken time stamp, {times[-1]:.0f} seconds after the first")
         height, width = _shown_size(first, stream)
-        return Timeline(times, float(times[-1]) + spacing, height, width)
+        return Timeline(times, float(times[-1]) + spacing, height, width, origin)
 
 
 def read_frames(request: FrameRequest, num_threads: int = 0) -> np.ndarray:
@@ -129,7 +135,7 @@ def read_frames(request: FrameRequest, num_threads: int = 0) -> np.ndarray:
     filled = 0
     with _open(request.path, num_threads) as (container, stream):
         on_screen: av.VideoFrame | None = None
-        for time, frame in _decode(container, stream):
+        for time, frame in _decode(container, stream, timeline, float(times[0])):
             while filled < len(times) and on_screen is not None and times[filled] < time - TIME_TOLERANCE_SECONDS:
                 chosen[filled] = _fit(on_screen, stream, request)
                 filled += 1
@@ -202,17 +208,36 @@ def _reason(error: BaseException) -> str:
     return str(getattr(error, "strerror", None) or error)
 
 
-def _decode(container: InputContainer, stream: VideoStream) -> Iterator[tuple[float, av.VideoFrame]]:
-    """Frames in the order of their time, with seconds from the first of them."""
-    rate = float(stream.average_rate or stream.guessed_rate or 0)
-    first: float | None = None
-    for index, frame in enumerate(container.decode(stream)):
-        stamped = frame.time is not None and not (container.format.name == "avi" and rate)
-        time = frame.time if stamped else index / rate if rate else None
-        if time is None:
-            raise VideoError("has neither time stamps nor a frame rate")
-        first = time if first is None else first
-        yield time - first, frame
+def _decode(
+    container: InputContainer, stream: VideoStream, timeline: Timeline, start: float
+) -> Iterator[tuple[float, av.VideoFrame]]:
+    """Frames in the order of their time, with seconds from the first of the file.
+
+    They begin at a key frame at or before `start` where the file lets us jump there: a late excerpt of a long file
+    would otherwise cost the decoding of all that comes before it.
+    """
+    if timeline.origin is None:  # of such a file we know the rate: `read_timeline` refuses it otherwise
+        rate = float(stream.average_rate or stream.guessed_rate or 0)
+        yield from ((index / rate, frame) for index, frame in enumerate(container.decode(stream)))
+        return
+    frames = _stamped(container, stream, timeline.origin)
+    if start >= SEEK_SECONDS and container.format.name in SEEKABLE_FORMATS:
+        assert stream.time_base
+        container.seek(round((timeline.origin + start) / stream.time_base), stream=stream)
+        first = next(frames, None)
+        if first is not None and first[0] <= start:
+            yield first
+        else:  # the jump led too far
+            container.seek(0)
+            frames = _stamped(container, stream, timeline.origin)
+    yield from frames
+
+
+def _stamped(container: InputContainer, stream: VideoStream, origin: float) -> Iterator[tuple[float, av.VideoFrame]]:
+    for frame in container.decode(stream):
+        if frame.time is None:
+            raise VideoError("has frames without time stamps")
+        yield frame.time - origin, frame
 
 
 def _shown_size(frame: av.VideoFrame, stream: VideoStream) -> tuple[int, int]:

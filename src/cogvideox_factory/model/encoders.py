@@ -68,14 +68,13 @@ class VideoEncoder:
         dtype: torch.dtype,
         device: torch.device,
         *,
-        use_slicing: bool = False,
         use_tiling: bool = False,
     ) -> VideoEncoder:
         vae = load_vae(checkpoint, dtype).to(device)
         vae.decoder = None  # never used here, and half of the weights
         # A clip stays uint8 until the VAE takes a few frames, or a tile, of it: a quarter of the memory of fp32.
         vae.encoder.register_forward_pre_hook(_normalize_pixels)
-        spare_memory(vae, checkpoint, use_slicing=use_slicing, use_tiling=use_tiling)
+        spare_memory(vae, checkpoint, use_slicing=False, use_tiling=use_tiling)
         return cls(vae)
 
     @torch.no_grad()
