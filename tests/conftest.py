@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from members import save_member
 
 from cogvideox_factory.cli import main
 from cogvideox_factory.config import ModelOptions
@@ -24,6 +25,19 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny-model")
     build_tiny_pipeline(seed=0).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def member(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Folder of the tiny model of a member of the family, made when first asked for."""
+    made: dict[str, Path] = {}
+
+    def get(name: str) -> Path:
+        if name not in made:
+            made[name] = save_member(name, tmp_path_factory.mktemp(name))
+        return made[name]
+
+    return get
 
 
 @pytest.fixture(scope="session")

@@ -30,7 +30,7 @@ ALLOWED: dict[str, set[str]] = {
     "inspection": {
         *("config", "contact_sheet", "data", "model", "pictures", "problems", "progress", "resolve", "stopping"),
     },
-    "sampling": {"run_folder", "config", "data", "model", "memory", "progress", "stopping"},
+    "sampling": {"run_folder", "config", "data", "model", "memory", "progress", "resolve", "stopping"},
     "training": {
         *("run_folder", "config", "data", "model", "memory", "prepare", "resolve", "sampling", "progress", "stopping"),
     },

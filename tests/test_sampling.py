@@ -410,19 +410,29 @@ def test_run_that_is_none_is_refused_by_the_flag_that_named_it(cli: Cli, tmp_pat
 
 
 @pytest.mark.usefixtures("nothing_loads")
-def test_image_to_video_model_is_refused(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    build_tiny_pipeline(num_layers=1, in_channels=16).save_pretrained(tmp_path / "model")
-    flags = ("--pretrained_model_name_or_path", tmp_path / "model", "--prompt", PROMPT)
-    message = refusal(cli, *flags, "--output", tmp_path / "video.mp4")
-    assert str(tmp_path / "model") in message
-    assert "image-to-video" in message
+def test_images_and_models_that_do_not_go_together_are_refused(
+    cli: Cli, tmp_path: Path, tiny_model: Path, member: Callable[[str], Path]
+) -> None:
+    output = ("--prompt", PROMPT, "--output", tmp_path / "video.mp4", "--pretrained_model_name_or_path")
+    picture = tmp_path / "a.png"
+    Image.new("RGB", (96, 64)).save(picture)
+    assert "--image is missing" in refusal(cli, *output, member("5b-I2V"))
+    assert "text-to-video model and takes no image" in refusal(cli, *output, tiny_model, "--image", picture)
+    for name, content, complaint in (("none.png", None, "no such file"), ("text.png", b"hello", "cannot be read as")):
+        if content:
+            (tmp_path / name).write_bytes(content)
+        message = refusal(cli, *output, member("5b-I2V"), "--image", tmp_path / name)
+        assert f"--image {tmp_path / name}: {complaint}" in message
+    portrait = ("--image", picture, "--height", "96", "--width", "64")
+    message = refusal(cli, *output, member("5b-I2V"), *portrait)
+    assert "96×64" in message and "--ignore_learned_positional_embeddings" in message
 
 
 def foreign_lora(folder: Path, kind: str, tiny_model: Path, own: Path) -> Path:
     """A LoRA file that is not one of the tiny model."""
     path = folder / "lora.safetensors"
     if kind in ("of-a-wider-model", "of-a-deeper-model"):
-        pipeline = build_tiny_pipeline(**{"attention_head_dim": 64} if "wider" in kind else {"num_layers": 6})
+        pipeline = build_tiny_pipeline(attention_head_dim=64) if "wider" in kind else build_tiny_pipeline(num_layers=6)
         attach_lora(pipeline.transformer, LoraOptions(rank=2), 0)
         save_lora(pipeline.transformer, folder).rename(path)
     elif kind == "of-another-kind-of-model":

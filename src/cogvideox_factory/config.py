@@ -199,6 +199,18 @@ class EncodingOptions:
 
 
 @option_group
+class ConditioningOptions:
+    """How an image-to-video model takes its image."""
+
+    ignore_learned_positional_embeddings: bool = False
+    """CogVideoX-5b-I2V: leave out its learned positions, which exist for its native size only, and train other sizes
+    with its rotary positions. Whoever uses the LoRA has to leave them out too; the model card shows how."""
+    image_latents_scale: Literal["checkpoint", "multiply", "divide"] = "checkpoint"
+    """Whether the latents of the image are multiplied or divided by the VAE's scaling factor. checkpoint: as its
+    config says, which is what stock diffusers does."""
+
+
+@option_group
 class LoraOptions:
     """The adapter that is trained while the base model stays frozen."""
 
@@ -235,6 +247,8 @@ class TrainingOptions:
     batch, so that every clip is seen once an epoch."""
     caption_dropout: Annotated[float, Within(0, 1)] = 0.1
     """Share of clips that are shown with an empty caption, which classifier-free guidance needs."""
+    noised_image_dropout: Annotated[float, Within(0, 1)] = 0.05
+    """Image-to-video models: share of clips that are shown without their image."""
     checkpointing_steps: Annotated[int, AtLeast(1)] = 500
     """Save a checkpoint every so many optimizer steps."""
     checkpoints_total_limit: Count = None
@@ -312,7 +326,11 @@ class ValidationOptions:
     validation_prompt: Text = None
     """Prompts to make videos of, split by the separator. Without a prompt there is no validation."""
     validation_prompt_separator: Annotated[str, NotEmpty()] = ":::"
-    """What stands between two validation prompts."""
+    """What stands between two validation prompts, and between two images."""
+    validation_images: Text = None
+    """Image-to-video models: the images that the videos start from, split by the separator, one a prompt or one for
+    all. An image is a file, or first_frame: the first frame of the clip whose caption the prompt is, or
+    else of the first, second, … clip. Default: first_frame."""
     num_validation_videos: Annotated[int, AtLeast(1)] = 1
     """Videos a prompt, each from its own noise."""
     validation_steps: Count = None
@@ -390,6 +408,7 @@ class Train:
     model: ModelOptions = field(default_factory=ModelOptions)
     data: DataOptions = field(default_factory=DataOptions)
     encoding: EncodingOptions = field(default_factory=EncodingOptions)
+    conditioning: ConditioningOptions = field(default_factory=ConditioningOptions)
     lora: LoraOptions = field(default_factory=LoraOptions)
     training: TrainingOptions = field(default_factory=TrainingOptions)
     optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
@@ -413,9 +432,13 @@ class Sample:
     """Make a video from a base model, from a base model with a LoRA, or from a training run."""
 
     model: ModelOptions = field(default_factory=ModelOptions)
+    conditioning: ConditioningOptions = field(default_factory=ConditioningOptions)
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
     prompt: Text = None
     """What the video shows."""
+    image: Text = None
+    """Image-to-video models: the file of the picture that the video starts from. One of another shape is scaled to
+    cover the video and cropped around its centre."""
     output: PathOption = None
     """The file to write, ending in .mp4, or a folder for one lossless PNG a frame."""
     run: PathOption = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from cogvideox_factory.config import DataOptions, UserError
@@ -70,3 +70,25 @@ def check_text_length(checkpoint: Checkpoint, tokens: int | None) -> None:
         raise UserError(
             f"--max_sequence_length {tokens}: {checkpoint.name} takes {'' if has_fixed_length else 'up to '}{longest}"
         )
+
+
+def check_positions(checkpoint: Checkpoint, sizes: Iterable[Sequence[int]]) -> None:
+    """Raises UserError for (frames, height, width) that a model with learned positions cannot take.
+
+    Of another number of frames it only warns: stock diffusers then puts sines in the place of the learned positions.
+    """
+    if not checkpoint.has_learned_positions:
+        return
+    frames, *native = checkpoint.native_size
+    for size in sizes:
+        if list(size[1:]) != native:
+            raise UserError(
+                f"{size[1]}×{size[2]}: {checkpoint.name} has learned positions for {native[0]}×{native[1]} only; take "
+                "that size, or add --ignore_learned_positional_embeddings"
+            )
+        if size[0] != frames:
+            logger.warning(
+                "%d frames: %s has learned positions for %d; for other numbers diffusers takes sines instead, which "
+                "the model does not know. --ignore_learned_positional_embeddings leaves both out",
+                *(size[0], checkpoint.name, frames),
+            )

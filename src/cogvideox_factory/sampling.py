@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,24 @@ import numpy as np
 import torch
 from PIL import Image
 
-from cogvideox_factory.config import ModelOptions, RunError, Sample, SamplingOptions, UserError, read_config
+from cogvideox_factory.config import (
+    ConditioningOptions,
+    ModelOptions,
+    RunError,
+    Sample,
+    SamplingOptions,
+    UserError,
+    read_config,
+)
 from cogvideox_factory.data.files import make_output_folder, write_durably
+from cogvideox_factory.data.images import fit_image, read_image
 from cogvideox_factory.data.video import write_video
+from cogvideox_factory.model import denoiser, encoders
 from cogvideox_factory.model.adapters import LORA_FILE, check_lora_fits, find_lora
 from cogvideox_factory.model.device import default_device
 from cogvideox_factory.model.encoders import load_vae, spare_memory, tell_if_cut
-from cogvideox_factory.model.family import Checkpoint, open_checkpoint, refuse_image_to_video
+from cogvideox_factory.model.family import Checkpoint, open_checkpoint, with_conditioning
+from cogvideox_factory.resolve import check_positions
 from cogvideox_factory.run_folder import checkpoint_folder, step_folders, step_of
 
 logger = logging.getLogger(__name__)
@@ -35,13 +46,14 @@ class Video:
     file: str
     prompt: str
     seed: int
+    image: str | None = None  # that it starts from: a path relative to the folder of all validations
 
 
 def pipeline_from_disk(checkpoint: Checkpoint, lora: Path | None, dtype: torch.dtype):
     """The whole stock pipeline of a checkpoint, with a LoRA at strength 1.0 where one is given."""
-    from diffusers import CogVideoXPipeline
-
-    pipeline = CogVideoXPipeline.from_pretrained(checkpoint.folder, variant=checkpoint.variant, dtype=dtype)
+    pipeline = checkpoint.pipeline_class.from_pretrained(checkpoint.folder, variant=checkpoint.variant, dtype=dtype)
+    denoiser.follow_config(pipeline.transformer, checkpoint)
+    encoders.follow_config(pipeline.vae, checkpoint)
     if lora is not None:
         file = find_lora(lora)
         check_lora_fits(file, pipeline.transformer, checkpoint.name)
@@ -57,11 +69,9 @@ def pipeline_in_memory(
     checkpoint: Checkpoint, transformer, scheduler, options: SamplingOptions, dtype: torch.dtype, device: torch.device
 ):
     """A pipeline around the model that trains: no text encoder (prompts come encoded), a VAE of its own."""
-    from diffusers import CogVideoXPipeline
-
     vae = load_vae(checkpoint, dtype).to(device)
     spare_memory(vae, checkpoint, use_slicing=options.enable_slicing, use_tiling=options.enable_tiling)
-    return CogVideoXPipeline(
+    return checkpoint.pipeline_class(
         tokenizer=None,
         text_encoder=None,
         vae=vae,
@@ -88,14 +98,17 @@ def generate(
     prompt: str | None = None,
     prompt_embeds: torch.Tensor | None = None,
     negative_prompt_embeds: torch.Tensor | None = None,
+    image: Image.Image | None = None,
     max_sequence_length: int,
 ) -> np.ndarray:
     """One video, uint8 of shape (frames, height, width, 3), from a prompt or from embeddings of shape (1, L, D).
 
-    `options` has its size and number of frames resolved. The noise comes from a CPU generator of this seed, so that
-    it is the same on every device.
+    `options` has its size and number of frames resolved. `image` is for image-to-video and is cut to that
+    size. The noise comes from a CPU generator of this seed, so that it is the same on every device.
     """
-    images = pipeline(
+    assert options.height is not None and options.width is not None
+    frames = pipeline(
+        **({} if image is None else {"image": fit_image(image, options.height, options.width)}),
         prompt=prompt,
         prompt_embeds=prompt_embeds,
         negative_prompt_embeds=negative_prompt_embeds,
@@ -109,9 +122,9 @@ def generate(
         output_type="np",
         max_sequence_length=max_sequence_length,
     ).frames[0]
-    if not np.isfinite(images).all():
+    if not np.isfinite(frames).all():
         raise RunError("the model gave no numbers (NaN): the LoRA may be broken, or the precision too low")
-    return (images * 255).round().astype(np.uint8)
+    return (frames * 255).round().astype(np.uint8)
 
 
 def write_frames(frames: np.ndarray, output: Path, fps: float) -> None:
@@ -126,8 +139,13 @@ def write_frames(frames: np.ndarray, output: Path, fps: float) -> None:
 
 def write_video_list(folder: Path, videos: Sequence[Video]) -> None:
     """prompts.json beside the videos of a validation."""
-    content = json.dumps([asdict(video) for video in videos], indent=2, ensure_ascii=False)
+    content = json.dumps([as_json(video) for video in videos], indent=2, ensure_ascii=False)
     write_durably(folder / "prompts.json", content.encode())
+
+
+def as_json(video: Video) -> dict[str, Any]:
+    """A video as prompts.json lists it."""
+    return {name: value for name, value in asdict(video).items() if value is not None}
 
 
 def resolve_sampling(
@@ -178,7 +196,8 @@ def run(options: Sample) -> dict[str, Any]:
             raise UserError("give --run, or --pretrained_model_name_or_path (with --lora, if you like)")
         model = ModelOptions(**{name: settings[name] for name in asdict(model) if settings.get(name) is not None})
     checkpoint = open_checkpoint(model)
-    refuse_image_to_video(checkpoint)
+    image = _image_of(options, checkpoint)
+    checkpoint = with_conditioning(checkpoint, _conditioning_of(options, settings))
     device = default_device()
     frames, height, width = checkpoint.native_size
     size = (
@@ -187,6 +206,8 @@ def run(options: Sample) -> dict[str, Any]:
         settings.get("width") or width,
     )
     sampling = resolve_sampling(options.sampling, size, checkpoint.size_divisor, checkpoint.temporal_factor)
+    assert sampling.num_frames is not None and sampling.height is not None and sampling.width is not None
+    check_positions(checkpoint, [(sampling.num_frames, sampling.height, sampling.width)])
     make_output_folder(options.output.parent, "--output")
     max_tokens = settings.get("max_sequence_length") or checkpoint.max_text_tokens
     pipeline = pipeline_from_disk(checkpoint, lora, checkpoint.dtype_for(options.dtype, device))
@@ -197,6 +218,7 @@ def run(options: Sample) -> dict[str, Any]:
         sampling,
         options.seed,
         prompt=options.prompt,
+        image=image,
         max_sequence_length=max_tokens,
     )
     fps = options.fps or settings.get("fps") or checkpoint.native_fps
@@ -205,6 +227,7 @@ def run(options: Sample) -> dict[str, Any]:
     return {
         "output": str(options.output),
         "prompt": options.prompt,
+        **({"image": options.image} if options.image else {}),
         "seed": options.seed,
         "model": checkpoint.name,
         "lora": str(lora) if lora else None,
@@ -213,6 +236,24 @@ def run(options: Sample) -> dict[str, Any]:
         "width": video.shape[2],
         "fps": fps,
     }
+
+
+def _image_of(options: Sample, checkpoint: Checkpoint) -> Image.Image | None:
+    """The picture to start from. Raises UserError where the model takes none, or lacks one."""
+    if options.image and not checkpoint.is_image_to_video:
+        raise UserError(f"--image {options.image}: {checkpoint.name} is a text-to-video model and takes no image")
+    if checkpoint.is_image_to_video and not options.image:
+        raise UserError(f"--image is missing: {checkpoint.name} makes a video from a picture and a prompt")
+    return read_image(options.image, "--image") if options.image else None
+
+
+def _conditioning_of(options: Sample, settings: Mapping[str, Any]) -> ConditioningOptions:
+    """What was asked for, and else what the run was trained with."""
+    asked, default = asdict(options.conditioning), asdict(ConditioningOptions())
+    of_run = {name: settings.get(name, value) for name, value in default.items()}
+    return ConditioningOptions(
+        **{name: of_run[name] if asked[name] == default[name] else asked[name] for name in asked}
+    )
 
 
 def _lora_of(options: Sample) -> Path | None:

@@ -18,6 +18,7 @@ from cogvideox_factory.data.store import DamagedEntry, Entry, PreparedSet
 LONG, SHORT = Bucket(17, 16, 24), Bucket(9, 16, 24)
 BUCKETS = [LONG, SHORT, LONG, LONG, SHORT, LONG, LONG]
 CHANNELS, HEIGHT, WIDTH = 2, 2, 3
+IMAGE_DRAWS = 3
 TENSORS = ("raw_latents", "noise", "timestep_quantiles", "prompt_embeds")
 EMPTY = PreparedSet.prompt_file("empty")
 SEED = 7
@@ -38,6 +39,9 @@ def small_set(tmp_path_factory: pytest.TempPathFactory) -> tuple[PreparedSet, li
         files = {"latents": (latents_file,), "prompt": (prompt_file,)}
         latents = {name: torch.randn(shape, generator=generator) for name in ("mean", "logvar")}
         prepared.write_tensors(files["latents"][0], latents)
+        images = {name: torch.randn(IMAGE_DRAWS, CHANNELS, HEIGHT, WIDTH, generator=generator) for name in latents}
+        files["images"] = (prepared.image_file(f"clip{index}"),)
+        prepared.write_tensors(files["images"][0], images)
         prepared.write_tensors(files["prompt"][0], {"prompt_embeds": torch.full((4, 6), float(index))})
         entries.append(Entry(f"{index}.mp4", f"caption {index}", bucket, files, key=f"key{index}"))
     return prepared, entries
@@ -238,11 +242,11 @@ def test_noise_has_as_many_frames_as_a_patch_of_several_needs(small_set) -> None
 
 
 def test_a_batch_moves_as_a_whole(small_set) -> None:
-    batch = clips_of(small_set)[Position(), [[[0, 2]]]].batches[0]
+    batch = clips_of(small_set, noised_image_dropout=0.0)[Position(), [[[0, 2]]]].batches[0]
     moved = batch.to(torch.device("meta"))
-    assert {getattr(moved, name).device.type for name in TENSORS} == {"meta"}
+    assert {getattr(moved, name).device.type for name in (*TENSORS, "raw_image_latents")} == {"meta"}
     assert moved.share == batch.share == 1.0 and moved.num_clips == batch.num_clips == 2
-    assert {item.name for item in fields(Batch)} == {*TENSORS, "share"}
+    assert {item.name for item in fields(Batch)} == {*TENSORS, "raw_image_latents", "share"}
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
@@ -253,3 +257,82 @@ def test_a_tensor_file_that_is_gone_is_named(small_set, num_workers: int) -> Non
     steps = load_steps(clips, Sampler(BUCKETS, 2), Position(), num_workers=num_workers)
     with pytest.raises(DamagedEntry, match=r"latents/gone\.safetensors cannot be read"):
         next(steps)
+
+
+# --- the image of image-to-video ---
+
+
+def images_of(small_set: tuple[PreparedSet, list[Entry]], epoch: int, **options) -> list[torch.Tensor]:
+    clips = clips_of(small_set, **{"noised_image_dropout": 0.0, **options})
+    batches = [clips[Position(epoch), [[[index]]]].batches[0] for index in range(len(BUCKETS))]
+    assert all(batch.raw_image_latents is not None for batch in batches)
+    return [batch.raw_image_latents[0] for batch in batches if batch.raw_image_latents is not None]
+
+
+def test_text_to_video_reads_no_images_and_has_the_numbers_of_image_to_video(small_set) -> None:
+    without = clips_of(small_set)[Position(2), [[[0, 2]]]].batches[0]
+    with_images = clips_of(small_set, noised_image_dropout=0.5)[Position(2), [[[0, 2]]]].batches[0]
+    assert without.raw_image_latents is None
+    assert with_images.raw_image_latents is not None
+    for name in TENSORS:
+        assert torch.equal(getattr(without, name), getattr(with_images, name))
+
+
+def test_the_image_is_a_draw_from_one_of_its_stored_distributions(small_set) -> None:
+    """Whatever the number that is drawn, it comes from one of the stored noised first frames: (x - mean) / std is
+    the same standard normal noise nowhere else."""
+    prepared, entries = small_set
+    chosen = set()
+    for epoch in range(40):
+        for index, image in enumerate(images_of(small_set, epoch)):
+            stored = prepared.read_tensors(entries[index].files["images"][0])
+            generator = clip_generator(SEED, epoch, entries[index].key)
+            torch.rand(3, generator=generator)
+            frames = (BUCKETS[index].frames - 1) // 4 + 1
+            for _ in range(2):  # the draw of the video's latents, and its noise
+                torch.randn((frames, CHANNELS, HEIGHT, WIDTH), generator=generator)
+            torch.rand(2, generator=generator)
+            noise = torch.randn((CHANNELS, HEIGHT, WIDTH), generator=generator)
+            expected = stored["mean"] + torch.exp(0.5 * stored["logvar"]) * noise
+            (number,) = [number for number in range(IMAGE_DRAWS) if torch.equal(expected[number], image)]
+            chosen.add(number)
+    assert chosen == set(range(IMAGE_DRAWS))
+
+
+def test_images_are_left_out_by_clip_and_as_often_as_asked_for(small_set) -> None:
+    epochs = 200
+    shown = torch.tensor(
+        [
+            [bool(image.any()) for image in images_of(small_set, epoch, noised_image_dropout=0.25)]
+            for epoch in range(epochs)
+        ]
+    ).float()
+    assert abs(1 - shown.mean() - 0.25) < 4 * (0.25 * 0.75 / shown.numel()) ** 0.5
+    assert 0 < shown.mean(1).min() < shown.mean(1).max() <= 1  # not all clips of a step together
+    assert not any(image.any() for image in images_of(small_set, 0, noised_image_dropout=1.0))
+
+
+def test_of_several_views_the_image_is_that_of_the_video(small_set, tmp_path: Path) -> None:
+    prepared = PreparedSet(tmp_path)
+    prepared.write_tensors(EMPTY, {"prompt_embeds": torch.zeros(4, 6)})
+    names = [f"view{number}" for number in range(3)]
+    for number, name in enumerate(names):
+        certain = {"logvar": torch.full((CHANNELS, 3, HEIGHT, WIDTH), -100.0)}
+        prepared.write_tensors(
+            prepared.latents_file(name), {"mean": torch.full((2, 3, 2, 3), float(number)), **certain}
+        )
+        certain = {"logvar": torch.full((1, CHANNELS, HEIGHT, WIDTH), -100.0)}
+        prepared.write_tensors(prepared.image_file(name), {"mean": torch.full((1, 2, 2, 3), float(number)), **certain})
+    files = {
+        "latents": tuple(prepared.latents_file(name) for name in names),
+        "images": tuple(prepared.image_file(name) for name in names),
+        "prompt": (EMPTY,),
+    }
+    clips = clips_of((prepared, [Entry("a.mp4", "a", SHORT, files, key="a")]), noised_image_dropout=0.0)
+    seen = set()
+    for epoch in range(20):
+        batch = clips[Position(epoch), [[[0]]]].batches[0]
+        assert batch.raw_image_latents is not None
+        assert batch.raw_latents.mean().round() == batch.raw_image_latents.mean().round()
+        seen.add(int(batch.raw_latents.mean().round()))
+    assert seen == {0, 1, 2}

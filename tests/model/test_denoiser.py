@@ -6,45 +6,35 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import (
     CogVideoXDDIMScheduler,
     CogVideoXDPMScheduler,
+    CogVideoXImageToVideoPipeline,
     CogVideoXPipeline,
     CogVideoXTransformer3DModel,
 )
 from hypothesis import given
 from hypothesis import strategies as st
+from members import IMAGE_TO_VIDEO, MEMBERS
+from PIL import Image
 
-from cogvideox_factory.config import ModelOptions
+from cogvideox_factory.config import ConditioningOptions, ModelOptions
 from cogvideox_factory.demo.tiny_model import build_tiny_pipeline
+from cogvideox_factory.model import encoders
 from cogvideox_factory.model.denoiser import Denoiser, load_scheduler, load_transformer, pad_frames
-from cogvideox_factory.model.family import Checkpoint, open_checkpoint
+from cogvideox_factory.model.family import Checkpoint, open_checkpoint, with_conditioning
 
 CPU = torch.device("cpu")
 PROMPT = "a red square moving left"
-FAMILY: dict[str, dict[str, Any]] = {
-    "1.0-rotary": {},
-    "1.0-sin-cos": {"use_rotary_positional_embeddings": False},
-    "1.5": {"patch_size_t": 2, "patch_bias": False, "sample_height": 20, "sample_width": 24},
-}
 Open = Callable[[str], Checkpoint]
 
 
 @pytest.fixture(scope="module")
-def family(tmp_path_factory: pytest.TempPathFactory) -> Open:
-    """A tiny checkpoint of each kind, made when first asked for."""
-    made: dict[str, Checkpoint] = {}
-
-    def get(kind: str) -> Checkpoint:
-        if kind not in made:
-            folder = tmp_path_factory.mktemp(kind)
-            build_tiny_pipeline(num_layers=2, **FAMILY[kind]).save_pretrained(folder)
-            made[kind] = open_checkpoint(ModelOptions(pretrained_model_name_or_path=str(folder)))
-        return made[kind]
-
-    return get
+def family(member: Callable[[str], Path]) -> Open:
+    return lambda name: open_checkpoint(ModelOptions(pretrained_model_name_or_path=str(member(name))))
 
 
 class Spy:
@@ -66,7 +56,7 @@ class Spy:
 
 @pytest.mark.parametrize(
     ("kind", "frames"),
-    [("1.0-rotary", 1), ("1.0-rotary", 2), ("1.0-rotary", 5), ("1.0-rotary", 13), ("1.5", 2), ("1.5", 6), ("1.5", 22)],
+    [("5b", 1), ("5b", 2), ("5b", 5), ("5b", 13), ("1.5-5B", 2), ("1.5-5B", 6), ("1.5-5B", 22)],
 )
 @pytest.mark.parametrize(
     ("height", "width"),
@@ -93,7 +83,7 @@ def test_rotary_embedding_equals_the_stock_pipelines(
 
 @pytest.mark.parametrize("frames", [1, 5, 21])
 def test_rotary_embedding_of_1_5_counts_half_a_patch_as_the_stock_pipeline_does(family: Open, frames: int) -> None:
-    checkpoint = family("1.5")
+    checkpoint = family("1.5-5B")
     pipeline = CogVideoXPipeline.from_pretrained(checkpoint.folder)
     expected = pipeline._prepare_rotary_positional_embeddings(64, 96, frames, CPU)
     ours = Denoiser(checkpoint, torch.float32).rotary_embedding(frames, 8, 12, CPU)
@@ -103,7 +93,7 @@ def test_rotary_embedding_of_1_5_counts_half_a_patch_as_the_stock_pipeline_does(
 
 def test_rotary_embedding_of_1_0_differs_between_landscape_and_portrait(family: Open) -> None:
     """The crop is fitted to the clip: a test of the test's sizes above."""
-    denoiser = Denoiser(family("1.0-rotary"), torch.float32)
+    denoiser = Denoiser(family("5b"), torch.float32)
     landscape, portrait = (denoiser.rotary_embedding(5, *size, CPU) for size in ((8, 12), (12, 8)))
     assert landscape is not None and portrait is not None
     assert landscape[0].shape == portrait[0].shape == (5 * 4 * 6, 32)
@@ -111,14 +101,14 @@ def test_rotary_embedding_of_1_0_differs_between_landscape_and_portrait(family: 
 
 
 def test_sin_cos_models_get_no_rotary_embedding(family: Open) -> None:
-    assert Denoiser(family("1.0-sin-cos"), torch.float32).rotary_embedding(5, 8, 12, CPU) is None
+    assert Denoiser(family("2b"), torch.float32).rotary_embedding(5, 8, 12, CPU) is None
 
 
 def test_rotary_embedding_is_of_this_checkpoint_also_after_another_was_asked(family: Open) -> None:
     """Grids are remembered: those of one model must not be handed to another."""
-    first = Denoiser(family("1.0-rotary"), torch.float32).rotary_embedding(6, 8, 12, CPU)
-    second = Denoiser(family("1.5"), torch.float32).rotary_embedding(6, 8, 12, CPU)
-    again = Denoiser(family("1.0-rotary"), torch.float32).rotary_embedding(6, 8, 12, CPU)
+    first = Denoiser(family("5b"), torch.float32).rotary_embedding(6, 8, 12, CPU)
+    second = Denoiser(family("1.5-5B"), torch.float32).rotary_embedding(6, 8, 12, CPU)
+    again = Denoiser(family("5b"), torch.float32).rotary_embedding(6, 8, 12, CPU)
     assert first is not None and second is not None and again is not None
     assert second[0].shape[0] * 2 == first[0].shape[0]  # two frames in a patch
     assert torch.equal(first[0], again[0])
@@ -148,52 +138,120 @@ def test_padded_number_of_frames(frames: int, multiple: int, expected: int) -> N
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("kind", list(FAMILY))
-@pytest.mark.parametrize(("height", "width"), [(64, 96), (96, 64), (48, 112)])
+@pytest.mark.parametrize("num_frames", [17, 16])
+@pytest.mark.parametrize("size", [(64, 96), (96, 64)], ids=["native", "portrait"])
+@pytest.mark.parametrize("name", list(MEMBERS))
 def test_transformer_is_called_as_the_stock_pipeline_calls_it(
-    family: Open, kind: str, height: int, width: int, dtype: torch.dtype
+    family: Open, name: str, size: tuple[int, int], num_frames: int, dtype: torch.dtype
 ) -> None:
-    checkpoint = family(kind)
-    pipeline = CogVideoXPipeline.from_pretrained(checkpoint.folder, dtype=dtype)
+    height, width = size
+    ignores_positions = name == "5b-I2V" and size != (64, 96)
+    checkpoint = with_conditioning(family(name), ConditioningOptions(ignores_positions))
+    takes_image = name in IMAGE_TO_VIDEO
+    stock_class = CogVideoXImageToVideoPipeline if takes_image else CogVideoXPipeline
+    pipeline = stock_class.from_pretrained(checkpoint.folder, dtype=dtype)
+    if ignores_positions:  # what the model card tells users of such a LoRA to do
+        pipeline.transformer.patch_embed.use_learned_positional_embeddings = False
     pipeline.set_progress_bar_config(disable=True)
     theirs = Spy(pipeline.transformer)
-    frames = 6 if kind == "1.5" else 5  # of latents: the stock pipeline rounds 17 frames of a video up to that
-    latents = torch.randn(2, frames, 8, height // 8, width // 8, generator=torch.Generator().manual_seed(1)).to(dtype)
+    frames = 6 if name.startswith("1.5") and num_frames == 17 else (num_frames - 1) // 4 + 1  # of latents
+    generator = torch.Generator().manual_seed(1)
+    latents = torch.randn(2, frames, 8, height // 8, width // 8, generator=generator).to(dtype)
+    prompts = [PROMPT, "a blue circle"]
+    pictures = [picture(height, width, seed) for seed in (1, 2)]
     pipeline(
-        prompt=[PROMPT, "a blue circle"],
+        **({"image": pictures} if takes_image else {}),
+        prompt=prompts,
         latents=latents,
         height=height,
         width=width,
-        num_frames=17,
+        num_frames=num_frames,
         num_inference_steps=1,
         guidance_scale=1,
+        generator=torch.Generator().manual_seed(3),  # of the sample of the image's latents
         output_type="latent",
     )
     with torch.no_grad():
-        embeds, _ = pipeline.encode_prompt([PROMPT, "a blue circle"], do_classifier_free_guidance=False)
+        embeds, _ = pipeline.encode_prompt(prompts, do_classifier_free_guidance=False)
+        raw_image_latents = None
+        if takes_image:
+            pixels = pipeline.video_processor.preprocess(pictures, height=height, width=width).to(dtype)
+            draws = torch.Generator().manual_seed(3)
+            encoded = [pipeline.vae.encode(part[None, :, None]).latent_dist.sample(draws)[0, :, 0] for part in pixels]
+            raw_image_latents = torch.stack(encoded).float()
         transformer = load_transformer(checkpoint, dtype)
         ours = Spy(transformer)
         timesteps = pipeline.scheduler.timesteps.expand(2)
-        velocity = Denoiser(checkpoint, dtype).predict(transformer, latents.float(), timesteps, embeds.float())
+        denoiser = Denoiser(checkpoint, dtype)
+        velocity = denoiser.predict(transformer, latents.float(), timesteps, embeds.float(), raw_image_latents)
 
     (expected,), (given_to_ours,) = theirs.inputs, ours.inputs
-    for name in ("hidden_states", "encoder_hidden_states", "timestep"):
-        assert given_to_ours[name].dtype == expected[name].dtype, name
-        assert torch.equal(given_to_ours[name], expected[name]), name
-    if kind == "1.0-sin-cos":
-        assert given_to_ours["image_rotary_emb"] is expected["image_rotary_emb"] is None
-    else:
-        for our_part, expected_part in zip(
-            given_to_ours["image_rotary_emb"], expected["image_rotary_emb"], strict=True
-        ):
-            assert our_part.dtype == expected_part.dtype
-            assert torch.equal(our_part, expected_part)
+    assert given_to_ours["hidden_states"].shape[2] == (16 if takes_image else 8)
+    assert (given_to_ours["ofs"] is not None) == (name == "1.5-5B-I2V")
+    for key in ("hidden_states", "encoder_hidden_states", "timestep", "image_rotary_emb", "ofs"):
+        assert_same(key, given_to_ours[key], expected.get(key))  # the text-to-video pipeline gives no ofs
     # Whatever else either of them passes says nothing.
-    rest = {"hidden_states", "encoder_hidden_states", "timestep", "image_rotary_emb", "return_dict"}
+    rest = {"hidden_states", "encoder_hidden_states", "timestep", "image_rotary_emb", "ofs", "return_dict"}
     assert not [name for call in (expected, given_to_ours) for name, v in call.items() if name not in rest and v]
     assert velocity.dtype == torch.float32
     assert velocity.shape == latents.shape
     assert torch.equal(velocity, theirs.outputs[0].float())
+
+
+def picture(height: int, width: int, seed: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def assert_same(name: str, ours: Any, theirs: Any) -> None:
+    """Equal to the bit, and of one type, however deep."""
+    if isinstance(theirs, tuple):
+        for our_part, their_part in zip(ours, theirs, strict=True):
+            assert_same(name, our_part, their_part)
+    elif theirs is None:
+        assert ours is None, name
+    else:
+        assert ours.dtype == theirs.dtype, name
+        assert torch.equal(ours, theirs), name
+
+
+def test_learned_positions_are_left_out_only_where_that_is_asked_for(family: Open) -> None:
+    checkpoint = family("5b-I2V")
+    asked = with_conditioning(checkpoint, ConditioningOptions(ignore_learned_positional_embeddings=True))
+    stock = CogVideoXTransformer3DModel.from_pretrained(checkpoint.folder, subfolder="transformer")
+    with_them, without = (load_transformer(choice, torch.float32) for choice in (checkpoint, asked))
+    assert torch.equal(with_them.patch_embed.pos_embedding, stock.patch_embed.pos_embedding.float())
+    assert with_them.config.use_learned_positional_embeddings is True
+    assert without.config.use_learned_positional_embeddings is False
+    portrait = {
+        "hidden_states": torch.zeros(1, 5, 16, 12, 8),
+        "encoder_hidden_states": torch.zeros(1, 7, 32),
+        "timestep": torch.tensor([5]),
+        "image_rotary_emb": Denoiser(checkpoint, torch.float32).rotary_embedding(5, 12, 8, CPU),
+    }
+    with torch.no_grad():
+        without(**portrait)
+        with pytest.raises(ValueError, match="different resolution"):
+            with_them(**portrait)
+
+
+def test_scale_of_the_images_latents_can_be_another_than_the_stock_pipelines(family: Open) -> None:
+    latents = torch.randn(1, 8, 4, 6, generator=torch.Generator().manual_seed(0))
+    for name, choice, factor in (("5b-I2V", "divide", 1 / 0.7), ("1.5-5B-I2V", "multiply", 0.7)):
+        options = ConditioningOptions(image_latents_scale=choice)  # type: ignore[arg-type]
+        checkpoint = with_conditioning(family(name), options)
+        condition = Denoiser(checkpoint, torch.float32).image_condition(latents, 4)
+        torch.testing.assert_close(condition[:, 0], latents * factor)
+        assert not condition[:, 1:].any()
+        pipeline = CogVideoXImageToVideoPipeline.from_pretrained(checkpoint.folder)
+        encoders.follow_config(pipeline.vae, checkpoint)  # as validation and `sample` do
+        given = pipeline.prepare_latents(
+            picture_tensor := torch.rand(1, 3, 32, 48) * 2 - 1,
+            *(1, 8, 13, 32, 48, torch.float32, CPU),
+            generator=torch.Generator().manual_seed(0),
+        )[1]
+        with torch.no_grad():
+            raw = pipeline.vae.encode(picture_tensor[:, :, None]).latent_dist.sample(torch.Generator().manual_seed(0))
+        torch.testing.assert_close(given[:, 0], raw[:, :, 0] * factor)
 
 
 def test_each_clip_of_a_batch_has_its_own_timestep(checkpoint: Checkpoint) -> None:

@@ -11,7 +11,12 @@ from typing import Any
 import httpx2
 import pytest
 import torch
-from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel, DiffusionPipeline
+from diffusers import (
+    CogVideoXImageToVideoPipeline,
+    CogVideoXPipeline,
+    CogVideoXTransformer3DModel,
+    DiffusionPipeline,
+)
 from huggingface_hub.errors import (
     GatedRepoError,
     LocalEntryNotFoundError,
@@ -23,8 +28,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from cogvideox_factory.config import ModelOptions, UserError
-from cogvideox_factory.model.family import Checkpoint, open_checkpoint, refuse_image_to_video
+from cogvideox_factory.config import ConditioningOptions, ModelOptions, UserError
+from cogvideox_factory.model.family import Checkpoint, open_checkpoint, with_conditioning
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")  # a device object needs no GPU
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
@@ -169,12 +174,46 @@ def test_image_to_video_is_told_by_the_channels_never_by_the_name(
     transformer = {**TRANSFORMER_1_0, "in_channels": in_channels}
     checkpoint = open_folder(write_configs(tmp_path / name, transformer, {**VAE, "latent_channels": latent_channels}))
     assert checkpoint.is_image_to_video is expected
-    if not expected:
-        refuse_image_to_video(checkpoint)
-        return
-    with pytest.raises(UserError, match="image-to-video") as refusal:
-        refuse_image_to_video(checkpoint)
-    assert f"--pretrained_model_name_or_path {tmp_path / name}" in str(refusal.value)
+    assert checkpoint.pipeline_class is (CogVideoXImageToVideoPipeline if expected else CogVideoXPipeline)
+    assert checkpoint.task == ("image-to-video" if expected else "text-to-video")
+
+
+@pytest.mark.parametrize(
+    ("flag", "options"),
+    [
+        ("ignore_learned_positional_embeddings", ConditioningOptions(ignore_learned_positional_embeddings=True)),
+        ("image_latents_scale", ConditioningOptions(image_latents_scale="divide")),
+    ],
+)
+def test_what_is_for_image_to_video_is_refused_for_text_to_video(
+    tmp_path: Path, flag: str, options: ConditioningOptions
+) -> None:
+    text = open_folder(write_configs(tmp_path / "text", TRANSFORMER_1_0, VAE))
+    with pytest.raises(UserError, match=f"--{flag}: is for image-to-video models"):
+        with_conditioning(text, options)
+    assert with_conditioning(text, ConditioningOptions()) == text
+    with_conditioning(
+        open_folder(write_configs(tmp_path / "image", {**TRANSFORMER_1_0, "in_channels": 32}, VAE)), options
+    )
+
+
+@pytest.mark.parametrize(
+    ("choice", "inverts", "expected"),
+    [
+        ("checkpoint", False, 0.7),
+        ("checkpoint", True, 1 / 0.7),
+        ("multiply", True, 0.7),
+        ("divide", False, 1 / 0.7),
+    ],
+)
+def test_scale_of_the_images_latents_is_the_configs_unless_another_is_asked_for(
+    tmp_path: Path, choice: Any, inverts: bool, expected: float
+) -> None:
+    vae = {**VAE, "invert_scale_latents": inverts}
+    checkpoint = open_folder(write_configs(tmp_path / "model", {**TRANSFORMER_1_0, "in_channels": 32}, vae))
+    changed = with_conditioning(checkpoint, ConditioningOptions(image_latents_scale=choice))
+    assert changed.image_scaling_factor == pytest.approx(expected)
+    assert changed.scaling_factor == 0.7  # of the video, always multiplied
 
 
 # --- the type of the weights ---

@@ -12,17 +12,18 @@ import torch
 from diffusers import (
     CogVideoXDDIMScheduler,
     CogVideoXDPMScheduler,
+    CogVideoXImageToVideoPipeline,
     CogVideoXPipeline,
     CogVideoXTransformer3DModel,
 )
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cogvideox_factory.config import ModelOptions
+from cogvideox_factory.config import ConditioningOptions, ModelOptions
 from cogvideox_factory.data.loader import Batch
 from cogvideox_factory.demo.tiny_model import build_tiny_pipeline
 from cogvideox_factory.model.denoiser import Denoiser, load_scheduler, load_transformer
-from cogvideox_factory.model.family import Checkpoint, open_checkpoint
+from cogvideox_factory.model.family import Checkpoint, open_checkpoint, with_conditioning
 from cogvideox_factory.training.objective import timesteps_from_quantiles, velocity_loss
 
 CPU = torch.device("cpu")
@@ -83,6 +84,41 @@ def part_of(batch: Batch, *indices: int) -> Batch:
 def loss_of(checkpoint: Checkpoint, batch: Batch, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     transformer = load_transformer(checkpoint, dtype)
     return velocity_loss(transformer, Denoiser(checkpoint, dtype), load_scheduler(checkpoint), batch)
+
+
+def test_image_to_video_sees_its_image(member: Callable[[str], Path]) -> None:
+    """Trap: the image's latents scaled differently in training and inference, and CogVideoX 1.5 without its ofs."""
+    for name, factor in (("5b-I2V", 0.7), ("1.5-5B-I2V", 1 / 0.7)):
+        checkpoint = open_checkpoint(ModelOptions(pretrained_model_name_or_path=str(member(name))))
+        options = ConditioningOptions(ignore_learned_positional_embeddings=name == "5b-I2V")
+        checkpoint = with_conditioning(checkpoint, options)
+        image = torch.randn(2, 8, 4, 6, generator=torch.Generator().manual_seed(9))
+        batch = dataclasses.replace(
+            make_batch([0.2, 0.7], padded_frames=6 if name[0] == "1" else 5), raw_image_latents=image
+        )
+        pipeline = CogVideoXImageToVideoPipeline.from_pretrained(member(name))
+        pipeline.transformer.patch_embed.use_learned_positional_embeddings = False
+        losses = []
+        for index, step in enumerate((200, 700)):
+            clean = batch.raw_latents[index : index + 1] * 0.7
+            noise, timestep = batch.noise[index : index + 1], torch.tensor([step])
+            if noise.shape[1] > clean.shape[1]:
+                clean = torch.cat([clean[:, :1], clean], dim=1)
+            condition = torch.zeros_like(clean)
+            condition[0, 0] = image[index] * factor
+            with torch.no_grad():
+                predicted = pipeline.transformer(
+                    hidden_states=torch.cat([pipeline.scheduler.add_noise(clean, noise, timestep), condition], dim=2),
+                    encoder_hidden_states=batch.prompt_embeds[index : index + 1],
+                    timestep=timestep,
+                    ofs=torch.tensor([2.0]) if name == "1.5-5B-I2V" else None,
+                    image_rotary_emb=pipeline._prepare_rotary_positional_embeddings(32, 48, clean.shape[1], CPU),
+                ).sample
+            target = pipeline.scheduler.get_velocity(clean, noise, timestep)
+            losses.append(torch.nn.functional.mse_loss(predicted, target))
+        torch.testing.assert_close(loss_of(checkpoint, batch), torch.stack(losses), rtol=1e-5, atol=1e-6)
+        without = dataclasses.replace(batch, raw_image_latents=torch.zeros_like(image))
+        assert not torch.allclose(loss_of(checkpoint, without), torch.stack(losses), rtol=1e-3)
 
 
 @torch.no_grad()

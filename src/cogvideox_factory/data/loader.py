@@ -29,6 +29,7 @@ class Batch:
     timestep_quantiles: torch.Tensor  # (B,) fp32 in [0, 1): which part of the timesteps' distribution
     prompt_embeds: torch.Tensor  # (B, L, D)
     share: float  # of the clips of this optimizer step, over all ranks
+    raw_image_latents: torch.Tensor | None = None  # (B, C, H, W) fp32, image-to-video only: the noised first frame
 
     @property
     def num_clips(self) -> int:
@@ -75,14 +76,17 @@ class PreparedClips(Dataset):
         seed: int,
         caption_dropout: float,
         latent_frame_multiple: int = 1,
+        noised_image_dropout: float | None = None,
         rank: int = 0,
     ):
+        """`noised_image_dropout` is the share of clips that are shown without their image; None: there are none."""
         self.prepared = prepared
         self.entries = entries
         self.empty_prompt_file = empty_prompt_file
         self.seed = seed
         self.caption_dropout = caption_dropout
         self.latent_frame_multiple = latent_frame_multiple
+        self.noised_image_dropout = noised_image_dropout
         self.rank = rank
 
     def __getitem__(self, item: tuple[Position, list[list[list[int]]]]) -> StepBatches:
@@ -96,21 +100,37 @@ class PreparedClips(Dataset):
         # A rank without a share takes part with weight zero, because the others wait for its gradients.
         shown = indices or shares[0][:1]
         clips = [self._clip(self.entries[index], epoch) for index in shown]
-        raw_latents, noise, quantiles, prompts = (torch.stack(parts) for parts in zip(*clips, strict=True))
-        return Batch(raw_latents, noise, quantiles, prompts, share=len(indices) / num_clips)
+        tensors = {name: torch.stack([clip[name] for clip in clips]) for name in clips[0]}
+        return Batch(**tensors, share=len(indices) / num_clips)
 
-    def _clip(self, entry: Entry, epoch: int) -> tuple[torch.Tensor, ...]:
+    def _clip(self, entry: Entry, epoch: int) -> dict[str, torch.Tensor]:
+        """Tensors of a clip, by their names in Batch."""
         generator = clip_generator(self.seed, epoch, entry.key)
         quantile, caption_draw, view_draw = torch.rand(3, generator=generator)
-        views = entry.files["latents"]
-        latents = self.prepared.read_tensors(views[int(view_draw * len(views))])
-        mean, logvar = latents["mean"].float(), latents["logvar"].float()  # (C, F, H, W)
-        mean, logvar = mean.transpose(0, 1), logvar.transpose(0, 1)  # (F, C, H, W)
-        raw_latents = mean + torch.exp(0.5 * logvar) * torch.randn(mean.shape, generator=generator)
-        frames = mean.shape[0] + -mean.shape[0] % self.latent_frame_multiple
-        noise = torch.randn((frames, *mean.shape[1:]), generator=generator)
+        view = int(view_draw * len(entry.files["latents"]))
+        latents = self.prepared.read_tensors(entry.files["latents"][view])  # (C, F, H, W) each
+        raw_latents = _draw(latents["mean"].transpose(0, 1), latents["logvar"].transpose(0, 1), generator)
+        frames = raw_latents.shape[0] + -raw_latents.shape[0] % self.latent_frame_multiple
+        noise = torch.randn((frames, *raw_latents.shape[1:]), generator=generator)
         prompt_file = self.empty_prompt_file if caption_draw < self.caption_dropout else entry.files["prompt"][0]
-        return raw_latents, noise, quantile, self.prepared.read_tensors(prompt_file)["prompt_embeds"]
+        clip = {
+            "raw_latents": raw_latents,
+            "noise": noise,
+            "timestep_quantiles": quantile,
+            "prompt_embeds": self.prepared.read_tensors(prompt_file)["prompt_embeds"],
+        }
+        if self.noised_image_dropout is not None:  # drawn last: the rest is the same for text-to-video
+            dropout_draw, image_draw = torch.rand(2, generator=generator)
+            images = self.prepared.read_tensors(entry.files["images"][view])  # (draws, C, H, W) each
+            number = int(image_draw * len(images["mean"]))
+            image = _draw(images["mean"][number], images["logvar"][number], generator)
+            clip["raw_image_latents"] = image * (dropout_draw >= self.noised_image_dropout)
+        return clip
+
+
+def _draw(mean: torch.Tensor, logvar: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """A sample, in fp32, of the VAE's latent distribution."""
+    return mean.float() + torch.exp(0.5 * logvar.float()) * torch.randn(mean.shape, generator=generator)
 
 
 def load_steps(

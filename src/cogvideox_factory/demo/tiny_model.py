@@ -6,6 +6,7 @@ It has learned nothing: what it shows is that the chain works, not what a video 
 from __future__ import annotations
 
 import string
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,10 +16,20 @@ from cogvideox_factory.demo.clips import PROMPTS
 MAX_TEXT_TOKENS = 226
 
 
-def build_tiny_pipeline(seed: int = 0, **transformer_options: Any):
-    """A CogVideoXPipeline of 17×64×96 videos; options of its transformer can be overridden."""
+def build_tiny_pipeline(
+    seed: int = 0,
+    *,
+    vae_options: Mapping[str, Any] | None = None,
+    scheduler_options: Mapping[str, Any] | None = None,
+    **transformer_options: Any,
+):
+    """A stock pipeline of 17×64×96 videos; options of its parts can be overridden.
+
+    With twice the latent channels as `in_channels` it is an image-to-video pipeline, otherwise text-to-video.
+    """
     from diffusers import (
         AutoencoderKLCogVideoX,
+        CogVideoXImageToVideoPipeline,
         CogVideoXPipeline,
         CogVideoXTransformer3DModel,
     )
@@ -39,13 +50,16 @@ def build_tiny_pipeline(seed: int = 0, **transformer_options: Any):
             )
         )
         vae = AutoencoderKLCogVideoX(
-            block_out_channels=(16, 16, 32, 32),
-            layers_per_block=1,
-            latent_channels=8,
-            norm_num_groups=8,
-            sample_height=96,  # tiling cuts half of this into sixths and fifths, which must be whole latents
-            sample_width=160,
-            scaling_factor=0.7,
+            **{
+                "block_out_channels": (16, 16, 32, 32),
+                "layers_per_block": 1,
+                "latent_channels": 8,
+                "norm_num_groups": 8,
+                "sample_height": 96,  # tiling cuts half of this into sixths and fifths, which must be whole latents
+                "sample_width": 160,
+                "scaling_factor": 0.7,
+                **(vae_options or {}),
+            }
         )
         transformer = CogVideoXTransformer3DModel(
             **{
@@ -64,23 +78,29 @@ def build_tiny_pipeline(seed: int = 0, **transformer_options: Any):
                 **transformer_options,
             }
         )
-    return CogVideoXPipeline(tokenizer, text_encoder.eval(), vae.eval(), transformer.eval(), build_scheduler())
+    takes_images = transformer.config.in_channels == 2 * vae.config.latent_channels
+    pipeline_class = CogVideoXImageToVideoPipeline if takes_images else CogVideoXPipeline
+    scheduler = build_scheduler(**(scheduler_options or {}))
+    return pipeline_class(tokenizer, text_encoder.eval(), vae.eval(), transformer.eval(), scheduler)
 
 
-def build_scheduler():
-    """The published schedule of CogVideoX-5b."""
+def build_scheduler(**options: Any):
+    """The published schedule of CogVideoX-5b, or one that differs from it by the options."""
     from diffusers import CogVideoXDDIMScheduler
 
     return CogVideoXDDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        prediction_type="v_prediction",
-        rescale_betas_zero_snr=True,
-        snr_shift_scale=1.0,
-        timestep_spacing="trailing",
-        clip_sample=False,
-        set_alpha_to_one=True,
+        **{
+            "beta_start": 0.00085,
+            "beta_end": 0.012,
+            "beta_schedule": "scaled_linear",
+            "prediction_type": "v_prediction",
+            "rescale_betas_zero_snr": True,
+            "snr_shift_scale": 1.0,
+            "timestep_spacing": "trailing",
+            "clip_sample": False,
+            "set_alpha_to_one": True,
+            **options,
+        }
     )
 
 

@@ -1,4 +1,5 @@
-"""One forward pass of the transformer for the whole family: rotary grid, frame padding, prediction.
+"""One forward pass of the transformer for the whole family: rotary grid, image condition, frame
+padding, prediction.
 
 What the transformer is given here is what the stock diffusers pipelines give it (their
 `_prepare_rotary_positional_embeddings` and `prepare_latents` are the reference): a LoRA runs there.
@@ -16,6 +17,8 @@ from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_regi
 
 from cogvideox_factory.model.family import Checkpoint
 
+OFS = 2.0  # what the stock pipeline gives CogVideoX 1.5 image-to-video at every step
+
 
 def load_transformer(checkpoint: Checkpoint, dtype: torch.dtype):
     """The transformer of a checkpoint, frozen."""
@@ -24,7 +27,20 @@ def load_transformer(checkpoint: Checkpoint, dtype: torch.dtype):
     transformer = CogVideoXTransformer3DModel.from_pretrained(
         checkpoint.folder, subfolder="transformer", variant=checkpoint.variant, dtype=dtype
     )
+    follow_config(transformer, checkpoint)
     return transformer.requires_grad_(False)
+
+
+def follow_config(transformer, checkpoint: Checkpoint) -> None:
+    """Take the learned positions from a transformer whose checkpoint is to do without them.
+
+    It then has rotary positions only, and accepts any size.
+    """
+    patch_embed = transformer.patch_embed
+    if patch_embed.use_learned_positional_embeddings and not checkpoint.has_learned_positions:
+        patch_embed.use_learned_positional_embeddings = False
+        del patch_embed.pos_embedding
+        transformer.register_to_config(use_learned_positional_embeddings=False)  # for whoever saves it
 
 
 def load_scheduler(checkpoint: Checkpoint):
@@ -59,20 +75,37 @@ class Denoiser:
         noisy_latents: torch.Tensor,
         timesteps: torch.Tensor,
         prompt_embeds: torch.Tensor,
+        raw_image_latents: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The model's velocity in fp32, (B, F, C, H, W), for noisy latents of that shape.
 
-        `timesteps` is (B,), `prompt_embeds` is (B, L, D). `transformer` is the model, however an engine wraps it.
+        `timesteps` is (B,), `prompt_embeds` is (B, L, D), `raw_image_latents` is (B, C, H, W) for image-to-video
+        models. `transformer` is the model, however an engine wraps it.
         """
         frames, height, width = noisy_latents.shape[1], *noisy_latents.shape[3:]
+        hidden_states = noisy_latents.to(self.dtype)
+        if raw_image_latents is not None:
+            hidden_states = torch.cat([hidden_states, self.image_condition(raw_image_latents, frames)], dim=2)
         (velocity,) = transformer(
-            hidden_states=noisy_latents.to(self.dtype),
+            hidden_states=hidden_states,
             encoder_hidden_states=prompt_embeds.to(self.dtype),
             timestep=timesteps,
+            ofs=hidden_states.new_full((1,), OFS) if self.checkpoint.transformer.get("ofs_embed_dim") else None,
             image_rotary_emb=self.rotary_embedding(frames, height, width, noisy_latents.device),
             return_dict=False,
         )
         return velocity.float()
+
+    def image_condition(self, raw_image_latents: torch.Tensor, frames: int) -> torch.Tensor:
+        """(B, C, H, W) → (B, F, C, H, W): the scaled latents of the image in the first frame, zeros in all others.
+
+        They stand in the very first of the frames also where CogVideoX 1.5 puts copies before a clip: the stock
+        pipeline does so. Scaled in the model's type, because the stock pipeline rounds in that order.
+        """
+        image_latents = raw_image_latents.to(self.dtype) * self.checkpoint.image_scaling_factor
+        condition = image_latents.new_zeros((image_latents.shape[0], frames, *image_latents.shape[1:]))
+        condition[:, 0] = image_latents
+        return condition
 
     def rotary_embedding(
         self, frames: int, height: int, width: int, device: torch.device

@@ -134,7 +134,20 @@ def load_vae(checkpoint: Checkpoint, dtype: torch.dtype):
     vae = AutoencoderKLCogVideoX.from_pretrained(
         checkpoint.folder, subfolder="vae", variant=checkpoint.variant, dtype=dtype
     )
+    follow_config(vae, checkpoint)
     return vae.requires_grad_(False).eval()
+
+
+@torch.no_grad()
+def decode_first_frame(vae, raw_latents: torch.Tensor) -> np.ndarray:
+    """The first frame, uint8 of shape (height, width, 3), of raw latents of shape (channels, frames, height, width)."""
+    frame = vae.decode(raw_latents[None, :, :1]).sample[0, :, 0]
+    return frame.float().add(1).mul(127.5).round().clamp(0, 255).byte().permute(1, 2, 0).cpu().numpy()
+
+
+def follow_config(vae, checkpoint: Checkpoint) -> None:
+    """Let the stock pipeline scale the latents of an image as the checkpoint's mapping says."""
+    vae.register_to_config(invert_scale_latents=bool(checkpoint.vae.get("invert_scale_latents")))
 
 
 def spare_memory(vae, checkpoint: Checkpoint, *, use_slicing: bool, use_tiling: bool) -> None:

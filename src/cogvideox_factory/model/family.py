@@ -6,6 +6,7 @@ differences are numbers in a file.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import json
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from cogvideox_factory.config import ModelOptions, UserError
+from cogvideox_factory.config import ConditioningOptions, ModelOptions, UserError
 
 COMPONENTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -52,6 +53,22 @@ class Checkpoint:
     def is_image_to_video(self) -> bool:
         """Image-to-video models take the latents of the image beside those of the video."""
         return self.transformer["in_channels"] == 2 * self.vae["latent_channels"]
+
+    @property
+    def task(self) -> str:
+        return "image-to-video" if self.is_image_to_video else "text-to-video"
+
+    @property
+    def pipeline_class(self):
+        """The stock diffusers pipeline that runs this checkpoint."""
+        from diffusers import CogVideoXImageToVideoPipeline, CogVideoXPipeline
+
+        return CogVideoXImageToVideoPipeline if self.is_image_to_video else CogVideoXPipeline
+
+    @property
+    def has_learned_positions(self) -> bool:
+        """Whether positions were learned for the native size only, as those of CogVideoX-5b-I2V."""
+        return bool(self.transformer.get("use_learned_positional_embeddings"))
 
     @property
     def spatial_factor(self) -> int:
@@ -99,6 +116,14 @@ class Checkpoint:
     def scaling_factor(self) -> float:
         """Latents are the VAE's raw latents times this."""
         return self.vae["scaling_factor"]
+
+    @property
+    def image_scaling_factor(self) -> float:
+        """Latents of the image that a video starts from are its raw latents times this.
+
+        CogVideoX 1.5 was trained with another scale for them than for videos, which its VAE's config says.
+        """
+        return 1 / self.scaling_factor if self.vae.get("invert_scale_latents") else self.scaling_factor
 
     @functools.cached_property
     def weights_dtype(self) -> torch.dtype:
@@ -175,13 +200,20 @@ def open_checkpoint(options: ModelOptions, *, with_weights: bool = True) -> Chec
     )
 
 
-def refuse_image_to_video(checkpoint: Checkpoint) -> None:
-    """Raises UserError for a checkpoint that this version cannot work with."""
-    if checkpoint.is_image_to_video:
-        raise UserError(
-            f"--pretrained_model_name_or_path {checkpoint.name}: is an image-to-video model; this version trains and "
-            "samples text-to-video models, such as THUDM/CogVideoX-5b"
-        )
+def with_conditioning(checkpoint: Checkpoint, options: ConditioningOptions) -> Checkpoint:
+    """A checkpoint as the options change it: its mappings then say what its models are made to do when loaded."""
+    transformer, vae = dict(checkpoint.transformer), dict(checkpoint.vae)
+    for flag, is_given in (
+        ("ignore_learned_positional_embeddings", options.ignore_learned_positional_embeddings),
+        ("image_latents_scale", options.image_latents_scale != "checkpoint"),
+    ):
+        if is_given and not checkpoint.is_image_to_video:
+            raise UserError(f"--{flag}: is for image-to-video models; {checkpoint.name} is a text-to-video model")
+    if options.ignore_learned_positional_embeddings:
+        transformer["use_learned_positional_embeddings"] = False
+    if options.image_latents_scale != "checkpoint":
+        vae["invert_scale_latents"] = options.image_latents_scale == "divide"
+    return dataclasses.replace(checkpoint, transformer=transformer, vae=vae)
 
 
 def _read_json(path: Path, name: str) -> dict[str, Any]:

@@ -26,9 +26,10 @@ from cogvideox_factory.data.store import Entry, PreparedSet
 from cogvideox_factory.model.adapters import LORA_FILE, attach_lora, save_lora, trainable_parameters
 from cogvideox_factory.model.denoiser import Denoiser, load_scheduler, load_transformer
 from cogvideox_factory.model.device import free_memory
-from cogvideox_factory.model.family import Checkpoint, open_checkpoint, refuse_image_to_video
+from cogvideox_factory.model.family import Checkpoint, open_checkpoint, with_conditioning
 from cogvideox_factory.prepare import PATIENCE, check_prepared, prepare
 from cogvideox_factory.progress import progress_bar
+from cogvideox_factory.resolve import check_positions
 from cogvideox_factory.run_folder import set_aside_after
 from cogvideox_factory.stopping import Stopped, StopRequest, stop_requests
 from cogvideox_factory.training.checkpoint import TrainState, save_checkpoint
@@ -58,8 +59,7 @@ def train(options: Train) -> Path:
     """
     assert options.output_dir is not None
     run = options.output_dir
-    checkpoint = open_checkpoint(options.model)
-    refuse_image_to_video(checkpoint)
+    checkpoint = with_conditioning(open_checkpoint(options.model), options.conditioning)
     options = resolve_options(options, checkpoint)
     accelerator = make_accelerator(options, checkpoint)
     device = accelerator.device
@@ -72,9 +72,11 @@ def train(options: Train) -> Path:
     with stop_requests() as stop:
         # Data first: the encoders have left the memory before the transformer comes.
         data = prepare_data(options, checkpoint, accelerator, stop)
+        check_positions(checkpoint, {entry.bucket for entry in data.entries})
         validation = Validation(run, options, checkpoint, most_frequent_bucket(data.entries), stop)
         with accelerator.main_process_first():
             validation.encode_prompts(device)
+            validation.keep_images(data.prepared, data.entries, device)
         options = dataclasses.replace(options, sampling=validation.sampling)
         memory = MemoryMeter(device, run / "memory.json")
         state = train_steps(options, checkpoint, accelerator, data, validation, memory, stop)
@@ -143,6 +145,7 @@ def train_steps(
         seed=options.seed,
         caption_dropout=training.caption_dropout,
         latent_frame_multiple=checkpoint.latent_frame_multiple,
+        noised_image_dropout=training.noised_image_dropout if checkpoint.is_image_to_video else None,
         rank=accelerator.process_index,
     )
     steps = load_steps(
@@ -330,7 +333,7 @@ def describe(
     """Say what is about to happen."""
     buckets = [entry.bucket for entry in data.entries]
     sizes = ", ".join(f"{buckets.count(bucket)} of {bucket}" for bucket in sorted(set(buckets)))
-    logger.info("model      %s (text-to-video)", checkpoint.name)
+    logger.info("model      %s (%s)", checkpoint.name, checkpoint.task)
     logger.info(
         "method     LoRA, rank %d, alpha %g, %s trainable parameters",
         options.lora.rank,

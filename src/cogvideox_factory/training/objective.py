@@ -26,5 +26,5 @@ def velocity_loss(model, denoiser: Denoiser, scheduler, batch: Batch) -> torch.T
     timesteps = timesteps_from_quantiles(batch.timestep_quantiles, scheduler.config.num_train_timesteps)
     noisy_latents = scheduler.add_noise(latents, batch.noise, timesteps)
     target = scheduler.get_velocity(latents, batch.noise, timesteps)
-    velocity = denoiser.predict(model, noisy_latents, timesteps, batch.prompt_embeds)
+    velocity = denoiser.predict(model, noisy_latents, timesteps, batch.prompt_embeds, batch.raw_image_latents)
     return (velocity - target).square().flatten(1).mean(1)

@@ -6,6 +6,7 @@ Rejected: filling in defaults where they are used; config.yaml would then not re
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +17,7 @@ from cogvideox_factory.data.files import make_output_folder
 from cogvideox_factory.data.store import PreparedSet
 from cogvideox_factory.model.family import Checkpoint
 from cogvideox_factory.prepare import check_prepared
-from cogvideox_factory.resolve import check_text_length, resolve_data_options
+from cogvideox_factory.resolve import check_positions, check_text_length, resolve_data_options
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +36,8 @@ def resolve_options(options: Train, checkpoint: Checkpoint) -> Train:
         encoding = dataclasses.replace(encoding, max_sequence_length=settings["max_sequence_length"])
     else:
         data = dataclasses.replace(data, **resolve_data_options(data, checkpoint))
+        # Said before hours of encoding: what the model could not take.
+        check_positions(checkpoint, itertools.product(data.frame_buckets, data.height_buckets, data.width_buckets))
         in_root = data.dataset_file and data.data_root and data.data_root / data.dataset_file
         if in_root:
             found = in_root if in_root.is_file() else Path(str(data.dataset_file)).absolute()

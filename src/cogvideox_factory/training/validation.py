@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,14 +13,17 @@ import torch
 
 from cogvideox_factory.config import Train
 from cogvideox_factory.data.buckets import Bucket
-from cogvideox_factory.data.store import PreparedSet
+from cogvideox_factory.data.images import read_image
+from cogvideox_factory.data.store import Entry, PreparedSet
 from cogvideox_factory.data.video import write_video
+from cogvideox_factory.model.device import free_memory
 from cogvideox_factory.model.family import Checkpoint
 from cogvideox_factory.prepare import encode_prompts
 from cogvideox_factory.progress import progress_bar
 from cogvideox_factory.run_folder import validation_folder
 from cogvideox_factory.sampling import (
     Video,
+    as_json,
     generate,
     pipeline_from_disk,
     pipeline_in_memory,
@@ -29,12 +32,17 @@ from cogvideox_factory.sampling import (
     write_video_list,
 )
 from cogvideox_factory.stopping import StopRequest
+from cogvideox_factory.training.start_images import StartImages, sources_of, split
 
 logger = logging.getLogger(__name__)
+IMAGES = "images"  # within the folder of all validations
 
 
 class Validation:
-    """The prompts of a run and when they are shown. Prompts are encoded once, before the training."""
+    """The prompts of a run, the images that go with them, and when they are shown.
+
+    Prompts are encoded and images are found once, before the training.
+    """
 
     def __init__(self, run: Path, options: Train, checkpoint: Checkpoint, bucket: Bucket, stop: StopRequest):
         """`bucket` is the size of the videos where the options give none."""
@@ -43,11 +51,14 @@ class Validation:
         self.options = options
         self.checkpoint = checkpoint
         self.sampling = resolve_sampling(options.sampling, bucket, checkpoint.size_divisor, checkpoint.temporal_factor)
-        text = options.validation.validation_prompt or ""
-        parts = (part.strip() for part in text.split(options.validation.validation_prompt_separator))
+        prompts = split(options.validation.validation_prompt, options.validation.validation_prompt_separator)
+        sources = sources_of(options.validation, prompts, checkpoint)
+        assert self.sampling.height is not None and self.sampling.width is not None
+        size = (self.sampling.height, self.sampling.width)
+        self.start_images = StartImages(run / "validation" / IMAGES, sources, prompts, *size) if sources else None
         self.videos = [
             Video(f"prompt-{number:02}-video-{index}.mp4", prompt, options.seed + index)
-            for number, prompt in enumerate(part for part in parts if part)
+            for number, prompt in enumerate(prompts)
             for index in range(options.validation.num_validation_videos)
         ]
         self._embeddings = PreparedSet(run / "prepared")
@@ -61,6 +72,16 @@ class Validation:
                 self.checkpoint, self.options.encoding, self._embeddings, prompts, device, self.stop
             )
 
+    def keep_images(self, prepared: PreparedSet, entries: Sequence[Entry], device: torch.device) -> None:
+        """Put the images that the videos start from into the run, and their names into the videos."""
+        if self.start_images:
+            names = self.start_images.keep(self.checkpoint, prepared, entries, device)
+            each = self.options.validation.num_validation_videos
+            self.videos = [
+                replace(video, image=f"{IMAGES}/{names[index // each]}") for index, video in enumerate(self.videos)
+            ]
+            free_memory()
+
     def folder(self, step: int) -> Path:
         return validation_folder(self.run, step)
 
@@ -70,7 +91,7 @@ class Validation:
             listed = json.loads((self.folder(step) / "prompts.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return False
-        return listed == [asdict(video) for video in self.videos]
+        return listed == [as_json(video) for video in self.videos]
 
     def is_due(self, step: int, epoch: int | None) -> bool:
         """Whether videos of this step are asked for and not there yet. `epoch` is one that this step completed."""
@@ -122,6 +143,8 @@ class Validation:
         logger.info("videos     %s", folder)
 
     def _generate(self, pipeline, video: Video, **prompt) -> np.ndarray:
+        if video.image:
+            prompt["image"] = read_image(str(self.run / "validation" / video.image), "--validation_images")
         pipeline.set_progress_bar_config(disable=True)
         tokens = self.options.encoding.max_sequence_length or self.checkpoint.max_text_tokens
         return generate(pipeline, self.sampling, video.seed, max_sequence_length=tokens, **prompt)
