@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from PIL import Image
 
 from cogvideox_factory.data.video import write_video
 from cogvideox_factory.demo.clips import PROMPTS, render
+from cogvideox_factory.training import validation
 from cogvideox_factory.training.metrics import read_metrics
 
 Cli = Callable[..., tuple[int, str, str]]
@@ -72,9 +74,10 @@ def test_a_lora_gives_in_stock_diffusers_the_frames_that_sample_gives(
     if ignores_positions:
         pipeline.transformer.patch_embed.use_learned_positional_embeddings = False
     if takes_image:
-        covering = Image.open(start_image).resize((max(height, width),) * 2, Image.Resampling.LANCZOS)
-        left, top = (covering.width - width) // 2, (covering.height - height) // 2
-        settings["image"] = covering.crop((left, top, left + width, top + height))
+        scale = max(height, width) / 100  # of the square picture, to cover the video
+        left, top = (100 - width / scale) / 2, (100 - height / scale) / 2
+        box = (left, top, 100 - left, 100 - top)
+        settings["image"] = Image.open(start_image).resize((width, height), Image.Resampling.LANCZOS, box)
     pipeline.set_progress_bar_config(disable=True)
 
     def stock() -> np.ndarray:
@@ -88,3 +91,73 @@ def test_a_lora_gives_in_stock_diffusers_the_frames_that_sample_gives(
     assert ours.shape == expected.shape == (frames, height, width, 3)
     assert np.array_equal(ours, expected)
     assert not np.array_equal(expected, untrained)
+
+
+def test_validation_of_image_to_video_starts_from_its_pictures(
+    cli: Cli, member: Callable[[str], Path], two_clips: Path, start_image: Path, tmp_path: Path, monkeypatch
+) -> None:
+    """From the model in memory and from what was saved alike, each against the stock pipeline."""
+    made: list[np.ndarray] = []
+    monkeypatch.setattr(validation, "write_video", lambda path, frames, fps: made.append(frames))
+    run = tmp_path / "run"
+    flags = (
+        *(
+            "train",
+            "--pretrained_model_name_or_path",
+            member("1.5-5B-I2V"),
+            "--data_root",
+            two_clips,
+            "--output_dir",
+            run,
+        ),
+        *("--frame_buckets", 9, "--height_buckets", 64, "--width_buckets", 96, "--fps", 8, "--num_decode_workers", 0),
+        *("--max_train_steps", 1, "--learning_rate", "0.1", "--rank", 4, "--num_inference_steps", 2),
+        *("--validation_prompt", "a red square:::a blue circle", "--validation_images", f"first_frame:::{start_image}"),
+    )
+    code, _, messages = cli(*flags)
+    assert code == 0, messages
+    assert len(made) == 4  # two before the training, two of what was saved
+    pipeline = CogVideoXImageToVideoPipeline.from_pretrained(member("1.5-5B-I2V"))
+    pipeline.set_progress_bar_config(disable=True)
+    for step in (0, 1):
+        listed = json.loads((run / f"validation/step-{step:08}/prompts.json").read_text())
+        if step:
+            pipeline.load_lora_weights(run)
+        for number, video in enumerate(listed):
+            picture = Image.open(run / "validation" / video["image"])
+            assert picture.size == (96, 64)
+            images = pipeline(
+                picture,
+                video["prompt"],
+                num_frames=9,
+                height=64,
+                width=96,
+                num_inference_steps=2,
+                guidance_scale=6.0,
+                generator=torch.Generator().manual_seed(video["seed"]),
+                output_type="pil",
+            ).frames[0]
+            assert np.array_equal(np.stack([np.asarray(image) for image in images]), made[2 * step + number])
+    code, _, messages = cli(*flags, "--resume_from_checkpoint", "latest")
+    assert code == 0 and "finished" in messages
+    assert len(made) == 4  # nothing is made again
+
+
+@pytest.mark.parametrize("is_raw", [True, False])
+def test_learned_positions_are_refused_for_other_sizes_before_anything_is_encoded(
+    cli: Cli, member: Callable[[str], Path], two_clips: Path, tmp_path: Path, is_raw: bool
+) -> None:
+    model = ("--pretrained_model_name_or_path", member("5b-I2V"), "--fps", 8, "--num_decode_workers", 0)
+    size = ("--frame_buckets", 9, "--height_buckets", 96, "--width_buckets", 64)
+    if not is_raw:
+        assert cli("prepare", *model, *size, "--data_root", two_clips, "--output_dir", tmp_path / "set")[0] == 0
+    data = (*size, "--data_root", two_clips) if is_raw else ("--load_tensors", "--data_root", tmp_path / "set")
+    train = ("train", *model, *data, "--output_dir", tmp_path / "run", "--max_train_steps", 1)
+    code, _, messages = cli(*train)
+    assert code == 2 and "96×64" in messages and "--ignore_learned_positional_embeddings" in messages
+    assert not list((tmp_path / "run").rglob("*.safetensors"))
+    code, _, messages = cli(*train, "--ignore_learned_positional_embeddings")
+    assert code == 0, messages
+    resumed = ("--max_train_steps", 2, "--resume_from_checkpoint", "latest", "--image_latents_scale", "divide")
+    code, _, messages = cli(*train, "--ignore_learned_positional_embeddings", *resumed)
+    assert code == 2 and "--image_latents_scale" in messages

@@ -93,6 +93,15 @@ def test_the_scripts_run_as_they_are_when_their_variables_point_to_small_input(
     assert again.returncode == 0 and "finished" in again.stderr
 
 
+def test_the_script_for_image_to_video_runs(member: Callable[[str], Path], clips: Path, tmp_path: Path) -> None:
+    sizes = {"FRAMES": "17", "HEIGHTS": "64", "WIDTHS": "96", "STEPS": "1", "LORA_RANK": "4", "INFERENCE_STEPS": "1"}
+    train = {**sizes, "MODEL": member("5b-I2V"), "DATA_ROOT": clips, "OUTPUT_DIR": tmp_path / "run"}
+    done = run_script("train_image_to_video_lora.sh", train, "--num_image_draws", "1")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run/pytorch_lora_weights.safetensors").exists()
+    assert list((tmp_path / "run/validation/images").glob("*.png"))
+
+
 def test_the_path_that_guides_name_prepares(tiny_model: Path, clips: Path, tmp_path: Path) -> None:
     flags = ["--model_id", tiny_model, "--data_root", clips, "--output_dir", tmp_path / "out"]
     flags += ["--caption_column", "prompts.txt", "--video_column", "videos.txt", "--max_sequence_length", "226"]

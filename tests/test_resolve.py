@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cogvideox_factory.config import DataOptions, UserError
-from cogvideox_factory.model.family import Checkpoint
-from cogvideox_factory.resolve import check_text_length, resolve_data_options
+from cogvideox_factory.config import ConditioningOptions, DataOptions, ModelOptions, UserError
+from cogvideox_factory.model.family import Checkpoint, open_checkpoint, with_conditioning
+from cogvideox_factory.resolve import check_positions, check_text_length, resolve_data_options
 
 
 def resolved(checkpoint: Checkpoint, **given_by_user: Any) -> dict[str, Any]:
@@ -174,3 +176,19 @@ def test_numbers_of_excerpts_without_a_mode_that_uses_them_are_refused(checkpoin
     with pytest.raises(UserError, match=f"--{next(iter(flags))} .*--frame_extraction"):
         resolve_data_options(DataOptions(**flags), checkpoint)
     assert resolve_data_options(DataOptions(frame_extraction="slide", **flags), checkpoint)
+
+
+def test_learned_positions_warn_of_another_number_of_frames(
+    member: Callable[[str], Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    checkpoint = open_checkpoint(ModelOptions(pretrained_model_name_or_path=str(member("5b-I2V"))))
+    check_positions(checkpoint, [(17, 64, 96)])
+    assert not caplog.messages
+    check_positions(checkpoint, [(9, 64, 96)])
+    (message,) = caplog.messages
+    assert "9 frames" in message and "learned positions for 17" in message
+    with pytest.raises(UserError, match="64×48"):
+        check_positions(checkpoint, [(17, 64, 96), (17, 64, 48)])
+    ignoring = with_conditioning(checkpoint, ConditioningOptions(ignore_learned_positional_embeddings=True))
+    check_positions(ignoring, [(9, 32, 48)])
+    check_positions(open_checkpoint(ModelOptions(pretrained_model_name_or_path=str(member("5b")))), [(9, 32, 48)])

@@ -1,0 +1,105 @@
+"""Which picture a validation video of an image-to-video model starts from."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import CogVideoXImageToVideoPipeline
+from PIL import Image
+
+from cogvideox_factory.config import ModelOptions, UserError, ValidationOptions
+from cogvideox_factory.data.store import Entry, PreparedSet
+from cogvideox_factory.model.family import Checkpoint, open_checkpoint
+from cogvideox_factory.training.start_images import FIRST_FRAME, StartImages, sources_of
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def image_model(member: Callable[[str], Path]) -> Checkpoint:
+    return open_checkpoint(ModelOptions(pretrained_model_name_or_path=str(member("5b-I2V"))))
+
+
+def noise_picture(path: Path, seed: int) -> Path:
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (64, 96, 3), dtype=np.uint8)).save(path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (None, [FIRST_FRAME, FIRST_FRAME]),
+        ("a.png", ["a.png", "a.png"]),
+        (" a.png ::: first_frame ", ["a.png", FIRST_FRAME]),
+    ],
+)
+def test_one_picture_serves_all_prompts_or_each_has_its_own(
+    image_model: Checkpoint, given: str | None, expected: list[str]
+) -> None:
+    assert sources_of(ValidationOptions(validation_images=given), ["x", "y"], image_model) == expected
+
+
+def test_numbers_that_do_not_match_are_refused(image_model: Checkpoint) -> None:
+    options = ValidationOptions(validation_images="a.png:::b.png:::c.png")
+    with pytest.raises(UserError, match="3 images for 2 prompts"):
+        sources_of(options, ["x", "y"], image_model)
+
+
+def test_text_to_video_takes_no_pictures(checkpoint: Checkpoint) -> None:
+    with pytest.raises(UserError, match=r"--validation_images a\.png: .* is a text-to-video model"):
+        sources_of(ValidationOptions(validation_images="a.png"), ["x"], checkpoint)
+    assert sources_of(ValidationOptions(), ["x"], checkpoint) == []
+
+
+def test_a_file_that_cannot_be_read_is_refused_at_once(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"--validation_images none\.png: no such file"):
+        StartImages(tmp_path, ["none.png"], ["x"], 64, 96)
+
+
+def test_given_pictures_are_kept_as_the_videos_show_them(
+    tmp_path: Path, image_model: Checkpoint, prepared: PreparedSet, entries: list[Entry]
+) -> None:
+    first, second = (noise_picture(tmp_path / f"{seed}.png", seed) for seed in (1, 2))
+    images = StartImages(tmp_path / "kept", [str(first), str(second), str(first)], ["x", "y", "z"], 64, 96)
+    names = images.keep(image_model, prepared, entries, CPU)
+    assert names[0] == names[2] != names[1]
+    for name, source in zip(names, (first, second, first), strict=True):
+        assert np.array_equal(np.asarray(Image.open(tmp_path / "kept" / name)), np.asarray(Image.open(source)))
+    noise_picture(first, 3)  # another picture under the same name is another picture
+    again = StartImages(tmp_path / "kept", [str(first)], ["x"], 64, 96).keep(image_model, prepared, entries, CPU)
+    assert again[0] not in names
+
+
+def test_the_first_frame_is_that_of_the_clip_with_the_prompt_as_its_caption(
+    tmp_path: Path, image_model: Checkpoint, prepared: PreparedSet, entries: list[Entry]
+) -> None:
+    """Against the stock pipeline's decoding of the clip."""
+    prompts = ["no caption of the data set", entries[5].caption, "another one"]
+    images = StartImages(tmp_path, [FIRST_FRAME] * 3, prompts, 64, 96)
+    names = images.keep(image_model, prepared, entries, CPU)
+    pipeline = CogVideoXImageToVideoPipeline.from_pretrained(image_model.folder)
+    for name, entry in zip(names, (entries[0], entries[5], entries[2]), strict=True):
+        raw = prepared.read_tensors(entry.files["latents"][0])["mean"]
+        with torch.no_grad():
+            video = pipeline.decode_latents(raw.transpose(0, 1)[None, :1] * pipeline.vae.config.scaling_factor)
+        expected = pipeline.video_processor.postprocess_video(video, output_type="np")[0, 0]
+        kept = np.asarray(Image.open(tmp_path / name)).astype(float)
+        assert np.abs(kept - expected * 255).max() < 1.01
+    assert len(set(names)) == 3
+
+
+def test_a_run_that_goes_on_decodes_nothing_again(
+    tmp_path: Path, image_model: Checkpoint, prepared: PreparedSet, entries: list[Entry], monkeypatch
+) -> None:
+    images = StartImages(tmp_path, [FIRST_FRAME], ["x"], 64, 96)
+    names = images.keep(image_model, prepared, entries, CPU)
+    monkeypatch.setattr("cogvideox_factory.training.start_images.load_vae", None)
+    assert images.keep(image_model, prepared, entries, CPU) == names
+    other = dataclasses.replace(entries[1])
+    with pytest.raises(TypeError):  # of another clip it does
+        images.keep(image_model, prepared, [other], CPU)
