@@ -6,7 +6,7 @@ set -euo pipefail
 
 MODEL=${MODEL:-THUDM/CogVideoX-5b-I2V}      # a name on the Hugging Face Hub, or a folder
 DATA_ROOT=${DATA_ROOT:-data/steamboat}      # prompts.txt, videos.txt and the clips
-OUTPUT_DIR=${OUTPUT_DIR:-runs/steamboat-i2v}# the run: LoRA, checkpoints, videos, report.html
+OUTPUT_DIR=${OUTPUT_DIR:-runs/i2v}          # the run: LoRA, checkpoints, videos, report.html
 FRAMES=${FRAMES:-49}                        # one number or several: "17 49"
 HEIGHTS=${HEIGHTS:-480}
 WIDTHS=${WIDTHS:-720}
