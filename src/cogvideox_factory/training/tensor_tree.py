@@ -34,6 +34,8 @@ def flatten(tree: Any, name: str) -> tuple[dict[str, torch.Tensor], Any]:
             return value
         if type(value) in (torch.Tensor, torch.nn.Parameter):
             if id(value) not in names:
+                while path in tensors:  # keys may hold dots themselves
+                    path += "~"
                 names[id(value)] = path
                 tensors[path] = value.detach().cpu().contiguous()
             return {"tensor": names[id(value)]}
