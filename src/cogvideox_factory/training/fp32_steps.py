@@ -66,12 +66,15 @@ class Fp32Steps(torch.optim.Optimizer):
         return self._inner.defaults
 
     def state_dict(self) -> dict[str, Any]:
-        """Without the masters: they are the trained weights of a checkpoint, and are not written twice."""
-        return {"num_steps": self._num_steps, "inner": self._inner.state_dict()}
+        """The inner optimizer's, which another run may load into that optimizer itself, and the number of steps.
+
+        Without the masters: they are the trained weights of a checkpoint, and are not written twice.
+        """
+        return {**self._inner.state_dict(), "num_steps": self._num_steps}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        self._num_steps = state_dict["num_steps"]
-        self._inner.load_state_dict(state_dict["inner"])
+        self._num_steps = state_dict.get("num_steps", 0)
+        self._inner.load_state_dict({name: state_dict[name] for name in ("state", "param_groups")})
 
     def held_weight(self, parameter: Parameter) -> torch.Tensor:
         """What is trained of a parameter of the model: its master, where it has one."""

@@ -112,16 +112,16 @@ def check_optimizer(options: OptimizerOptions, accelerator: Accelerator) -> None
         ):
             if is_given:
                 raise UserError(f"{flag}: not together with fp16; take --mixed_precision bf16")
-    _optimizer_class(_find_kind(options))
+    kind = _find_kind(options)
+    if options.use_fp8 and accelerator.device.type == "cuda" and torch.cuda.get_device_capability() < (8, 9):
+        raise UserError("--use_fp8: needs a GPU of compute capability 8.9 or newer (Ada, Hopper); take --use_8bit")
+    _optimizer_class(kind)
     _tell_without_effect(options)
 
 
 def optimizer_name(options: OptimizerOptions) -> str:
-    """The optimizer with all that decides what its saved state looks like, for people: `adamw, 8-bit torchao`."""
-    parts = [options.optimizer, _state_format(options)]
-    parts.append("weights in bf16" if options.trainable_dtype == "bf16" else "")
-    parts.append("on the CPU" if options.use_cpu_offload_optimizer else "")
-    return ", ".join(part for part in parts if part)
+    """The optimizer with what decides how its state is saved, for people: `adamw, 8-bit torchao`."""
+    return ", ".join(part for part in (options.optimizer, _state_format(options)) if part)
 
 
 def build_optimizer(
