@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import weakref
 from collections.abc import Callable
@@ -262,11 +263,11 @@ def test_a_state_may_go_on_with_weights_of_another_type() -> None:
     plain = build_optimizer(model.parameters(), SETTINGS, 1)
     assert not isinstance(plain, Fp32Steps)
     set_weights(plain, dict(model.named_parameters()), values)
-    plain.load_state_dict(first.state_dict())
+    plain.load_state_dict(copy.deepcopy(first.state_dict()))
     back = make_model()
     second = build_optimizer(back.parameters(), SETTINGS, 1)
     set_weights(second, dict(back.named_parameters()), held_weights(plain, dict(model.named_parameters())))
-    second.load_state_dict(plain.state_dict())
+    second.load_state_dict(copy.deepcopy(plain.state_dict()))
     for each, optimizer in ((saved, first), (back, second)):
         train(each, optimizer, range(3, 6))
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(saved.parameters(), back.parameters(), strict=True))
