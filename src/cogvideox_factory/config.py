@@ -237,8 +237,8 @@ class TrainingOptions:
     max_train_steps: Count = None
     """Optimizer steps in all."""
     mixed_precision: Annotated[Literal["no", "fp16", "bf16"] | None, tyro.conf.arg(metavar="{no,fp16,bf16}")] = None
-    """Precision of the frozen base model; the trained weights, noise and loss are always fp32. no: fp32. Default:
-    the checkpoint's own type on a GPU, fp32 on a CPU."""
+    """Precision of the frozen base model; noise and loss are always fp32, trained weights are unless
+    --trainable_dtype says otherwise. no: fp32. Default: the checkpoint's own type on a GPU, fp32 on a CPU."""
     gradient_checkpointing: bool = False
     """Recompute each block in the backward pass instead of keeping its activations: far less memory, about a third
     more time."""
@@ -267,8 +267,26 @@ class TrainingOptions:
 class OptimizerOptions:
     """The optimizer and the schedule of its learning rate."""
 
-    optimizer: Literal["adam", "adamw"] = "adamw"
-    """adamw decays the weights directly, adam through the gradient."""
+    optimizer: Literal["adam", "adamw", "prodigy", "came"] = "adamw"
+    """adamw decays the weights directly, adam through the gradient. prodigy finds the learning rate by itself (set
+    --learning_rate 1). came keeps much less state than adamw for the same weights."""
+    use_8bit: bool = False
+    """Keep the state of adam or adamw in 8 bits, with bitsandbytes: a quarter of the memory."""
+    use_4bit: bool = False
+    """Keep it in 4 bits, with torchao: an eighth of the memory."""
+    use_fp8: bool = False
+    """Keep it in 8-bit floating point, with torchao."""
+    use_torchao: bool = False
+    """Take torchao's low-bit optimizer, which is compiled at its first step: for --use_8bit in place of bitsandbytes',
+    and for --use_4bit and --use_fp8, which only torchao has."""
+    use_cpu_offload_optimizer: bool = False
+    """Keep the optimizer's state, and fp32 copies of the weights, in the host's memory, and step there: slower, but the
+    GPU holds none of it."""
+    offload_gradients: bool = False
+    """With --use_cpu_offload_optimizer: also move each gradient to the host as soon as it is there. One GPU only."""
+    trainable_dtype: Literal["fp32", "bf16"] = "fp32"
+    """How trained weights are kept. fp32: exactly; where the model computes in bf16, beside its copy. bf16: in that
+    type alone, rounded up or down by chance after each step, so that small updates count on average: least memory."""
     learning_rate: Annotated[float, MoreThan(0)] = 1e-4
     """Learning rate after the warm-up."""
     scale_lr: bool = False
@@ -285,8 +303,17 @@ class OptimizerOptions:
     """Power of the polynomial schedule."""
     beta1: Annotated[float, Within(0, 1, includes_high=False)] = 0.9
     """Decay of the running mean of the gradient."""
-    beta2: Annotated[float, Within(0, 1, includes_high=False)] = 0.95
-    """Decay of the running mean of its square."""
+    beta2: Annotated[float | None, tyro.conf.arg(metavar="FLOAT"), Within(0, 1, includes_high=False)] = None
+    """Decay of the running mean of its square. Default: 0.95; 0.999 with came."""
+    beta3: Annotated[float | None, tyro.conf.arg(metavar="FLOAT"), Within(0, 1, includes_high=False)] = None
+    """prodigy: decay of the estimate of the learning rate. came: decay of the mean instability. Default: the root of
+    --beta2 for prodigy, 0.9999 for came."""
+    prodigy_decouple: bool = False
+    """prodigy: decay the weights directly, as adamw does, not through the gradient."""
+    prodigy_use_bias_correction: bool = False
+    """prodigy: correct the running means of the first steps, as adam does."""
+    prodigy_safeguard_warmup: bool = False
+    """prodigy: keep a warm-up of the learning rate from distorting the estimate."""
     weight_decay: Annotated[float, AtLeast(0)] = 1e-4
     """Weight decay."""
     epsilon: Annotated[float, MoreThan(0)] = 1e-8

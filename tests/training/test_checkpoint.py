@@ -12,7 +12,7 @@ import torch
 from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel
 from safetensors.torch import load_file
 
-from cogvideox_factory.config import LoraOptions, UserError
+from cogvideox_factory.config import LoraOptions, OptimizerOptions, UserError
 from cogvideox_factory.data.sampler import Layout, Position
 from cogvideox_factory.model.adapters import attach_lora, trainable_parameters
 from cogvideox_factory.training import checkpoint
@@ -23,6 +23,9 @@ from cogvideox_factory.training.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
+from cogvideox_factory.training.fp32_steps import held_weights
+from cogvideox_factory.training.optimizers import OPTIMIZERS, build_optimizer
+from cogvideox_factory.training.tensor_tree import flatten
 
 
 def build(seed: int = 0, **lora: Any):
@@ -70,6 +73,87 @@ def assert_equal(ours: Any, theirs: Any, where: str = "") -> None:
             assert_equal(ours[index], value, f"{where}/{index}")
     else:
         assert ours == theirs and type(ours) is type(theirs), where
+
+
+def low_bit_flags(state_format: str) -> dict[str, bool]:
+    """Options that ask for a way to keep the state, as the table of optimizers names it."""
+    precision, _, library = state_format.partition(" ")
+    return {f"use_{precision.replace('-', '')}": True, "use_torchao": library == "torchao"} if state_format else {}
+
+
+ROWS = [*(key for key in OPTIMIZERS if "torchao" not in key[1] or key[0] == "adamw")]  # torchao's adam keeps the same
+
+
+def row_options(name: Any, state_format: str, weights_as: str) -> OptimizerOptions:
+    return OptimizerOptions(
+        optimizer=name,
+        learning_rate=1.0 if name == "prodigy" else 1e-2,
+        weight_decay=0.1,
+        prodigy_use_bias_correction=True,
+        trainable_dtype="bf16" if weights_as == "rounded" else "fp32",
+        use_cpu_offload_optimizer=weights_as == "on the host",
+        **low_bit_flags(state_format),  # type: ignore[arg-type]
+    )
+
+
+def start(options: OptimizerOptions, dtype: torch.dtype, seed: int) -> tuple[Any, Any]:
+    """A transformer whose adapter is large enough for low-bit states (128 × 32), and its optimizer."""
+    transformer, _ = build(seed, rank=128)
+    parameters = trainable_parameters(transformer)
+    for parameter in parameters.values():
+        parameter.data = parameter.data.to(dtype)
+    return transformer, build_optimizer(parameters.values(), options, 1)
+
+
+def take_steps(transformer, optimizer, numbers: range) -> None:
+    for number in numbers:
+        generator = torch.Generator().manual_seed(number)
+        for parameter in trainable_parameters(transformer).values():
+            parameter.grad = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def check_goes_on(run: Path, options: OptimizerOptions, dtype: torch.dtype) -> Path:
+    """Two steps, saved, loaded into another optimizer, and two more equal four to the bit; the checkpoint."""
+    whole, parts, fresh = (start(options, dtype, seed) for seed in (0, 0, 9))
+    take_steps(*whole, range(4))
+    take_steps(*parts, range(2))
+    folder = save_checkpoint(run, TrainState(step=2), *parts, keep=None)
+    take_steps(*fresh, range(7, 8))  # what it held before counts for nothing
+    load_checkpoint(folder, *fresh)
+    torch.manual_seed(1)
+    take_steps(*fresh, range(2, 4))
+    assert_equal(weights(fresh[0]), weights(whole[0]))
+    ours, theirs = (held_weights(optimizer, trainable_parameters(model)) for model, optimizer in (fresh, whole))
+    assert_equal(ours, theirs)
+    (ours, our_rest), (theirs, their_rest) = (flatten(optimizer.state_dict(), "") for _, optimizer in (fresh, whole))
+    assert_equal(ours, theirs)
+    assert our_rest == their_rest
+    low_bit = {torch.uint8, torch.float8_e4m3fn} & {value.dtype for value in ours.values()}
+    assert bool(low_bit) == (options.use_8bit or options.use_4bit or options.use_fp8)
+    return folder
+
+
+@pytest.mark.parametrize("weights_as", ["fp32", "masters", "rounded", "on the host"])
+@pytest.mark.parametrize(("name", "state_format"), ROWS)
+def test_every_optimizer_goes_on_as_if_never_saved(
+    tmp_path: Path, name: str, state_format: str, weights_as: str
+) -> None:
+    """torchao's are not compiled here: their states are the same, and compiling takes half a minute each."""
+    dtype = torch.bfloat16 if weights_as in ("masters", "rounded") else torch.float32
+    with torch.compiler.set_stance("force_eager"):
+        folder = check_goes_on(tmp_path, row_options(name, state_format, weights_as), dtype)
+    saved = load_file(folder / "trainable.safetensors")
+    assert {value.dtype for value in saved.values()} == {torch.bfloat16 if weights_as == "rounded" else torch.float32}
+    if weights_as == "masters":
+        assert any(not torch.equal(value, value.bfloat16().float()) for value in saved.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("state_format", ["8-bit torchao", "4-bit torchao", "fp8 torchao"])
+def test_compiled_optimizers_go_on_as_if_never_saved(tmp_path: Path, state_format: str) -> None:
+    check_goes_on(tmp_path, row_options("adamw", state_format, "fp32"), torch.float32)
 
 
 def save_steps(run: Path, *numbers: int, keep: int | None = None) -> tuple[Any, Any]:

@@ -162,6 +162,44 @@ def test_a_run_stopped_by_a_signal_and_resumed_equals_one_never_stopped(
     assert part_lines == whole_lines and [line["step"] for line in part_lines] == list(range(1, 10))
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--use_8bit", "--trainable_dtype", "bf16", "--rank", "64"),  # large enough for 8 bits
+        ("--optimizer", "prodigy", "--learning_rate", "1", "--prodigy_safeguard_warmup", "--lr_warmup_steps", "2"),
+        ("--optimizer", "came"),
+    ],
+    ids=["adamw8bit-bf16", "prodigy", "came"],
+)
+def test_any_optimizer_resumed_equals_one_never_stopped(
+    train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: tuple[str, ...]
+) -> None:
+    flags = ("--max_train_steps", "5", *flags)
+    assert train(tmp_path / "whole", *flags)[0] == 0
+    with monkeypatch.context() as patch:
+        StopAfter(patch, 3, signal.SIGINT)
+        assert train(tmp_path / "parts", *flags)[0] == 75
+    code, messages = train(tmp_path / "parts", *flags, "--resume_from_checkpoint", "latest")
+    assert code == 0 and "from now on" not in messages, messages
+    file = "checkpoints/step-00000005/trainable.safetensors"
+    whole, parts = load_file(tmp_path / "whole" / file), load_file(tmp_path / "parts" / file)
+    assert all(torch.equal(whole[name], parts[name]) for name in whole) and whole.keys() == parts.keys()
+    assert any(value.abs().max() > 0 for name, value in whole.items() if "lora_B" in name)
+    assert {value.dtype for value in whole.values()} == {torch.bfloat16 if "bf16" in flags else torch.float32}
+    rates = [[line["lr"] for line in read_metrics(tmp_path / part / "metrics.jsonl")] for part in ("whole", "parts")]
+    assert rates[0] == rates[1]
+    if "prodigy" in flags:  # the rate that it found
+        assert rates[0][0] == 0 and 0 < rates[0][2] <= 1e-6 and rates[0][-1] >= rates[0][2]
+    code, messages = train(tmp_path / "parts", "--max_train_steps", "7", "--resume_from_checkpoint", "latest")
+    assert code == 2 and " is of " in messages and "these options are of adamw" in messages
+
+
+def test_optimizer_options_that_contradict_are_refused_before_anything_is_made(train, tmp_path: Path) -> None:
+    code, messages = train(tmp_path / "run", "--use_8bit", "--use_4bit")
+    assert code == 2 and "--use_8bit --use_4bit" in messages and "Traceback" not in messages
+    assert not (tmp_path / "run").exists()
+
+
 def test_resuming_from_an_older_checkpoint_drops_the_lines_after_it(train, tmp_path: Path) -> None:
     flags = ("--max_train_steps", "6", "--checkpointing_steps", "2")
     assert train(tmp_path / "run", *flags)[0] == 0

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import importlib
+import logging
 import math
+import sys
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any, get_args, get_type_hints
 
 import pytest
@@ -15,7 +20,18 @@ from hypothesis import strategies as st
 
 from cogvideox_factory.command_line import parse_command
 from cogvideox_factory.config import OptimizerOptions, Train, UserError
-from cogvideox_factory.training.optimizers import OPTIMIZERS, build_optimizer, build_schedule
+from cogvideox_factory.training.fp32_steps import Fp32Steps
+from cogvideox_factory.training.optimizers import (
+    OPTIMIZERS,
+    build_optimizer,
+    build_schedule,
+    check_optimizer,
+    effective_rate,
+    keep_settings,
+    optimizer_name,
+    resolve_optimizer_options,
+    set_rate,
+)
 
 # Every setting differs from torch's default and from ours.
 SETTINGS = OptimizerOptions(learning_rate=3e-2, beta1=0.8, beta2=0.93, weight_decay=0.05, epsilon=1e-3)
@@ -94,7 +110,7 @@ def test_adam_and_adamw_decay_differently() -> None:
 
 
 def test_every_name_that_the_option_knows_has_an_optimizer() -> None:
-    assert set(get_args(get_type_hints(OptimizerOptions)["optimizer"])) == set(OPTIMIZERS)
+    assert set(get_args(get_type_hints(OptimizerOptions)["optimizer"])) == {name for name, _ in OPTIMIZERS}
 
 
 @pytest.mark.parametrize(("scale_lr", "expected"), [(False, 3e-2), (True, 3e-2 * 24)])
@@ -113,6 +129,256 @@ def test_a_decay_of_one_is_refused_with_a_message(name: str) -> None:
     accepted = parse_command(Train, "train", [*paths, f"--{name}", "0"])
     assert isinstance(accepted, Train)
     build_optimizer(make_parameters(), accepted.optimizer, 1)
+
+
+# --- the table ---
+
+
+def machine(device: str = "cpu", num_processes: int = 1, scaler: Any = None) -> Any:
+    """What is asked of accelerate's object."""
+    return SimpleNamespace(device=torch.device(device), num_processes=num_processes, scaler=scaler)
+
+
+LOW_BIT: list[tuple[dict[str, Any], str]] = [
+    ({}, "torch.optim"),
+    ({"use_8bit": True}, "bitsandbytes.optim"),
+    ({"use_8bit": True, "use_torchao": True}, "torchao.optim"),
+    ({"use_4bit": True, "use_torchao": True}, "torchao.optim"),
+    ({"use_fp8": True, "use_torchao": True}, "torchao.optim"),
+]
+SUFFIXES = ("", "8bit", "8bit", "4bit", "Fp8")
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw"])
+@pytest.mark.parametrize(("case", "suffix"), zip(LOW_BIT, SUFFIXES, strict=True))
+def test_flags_choose_the_class_and_its_settings(name: Any, case: tuple[dict[str, Any], str], suffix: str) -> None:
+    flags, module = case
+    options = dataclasses.replace(SETTINGS, optimizer=name, **flags)
+    check_optimizer(options, machine())
+    optimizer = build_optimizer(make_parameters(), options, 1)
+    assert type(optimizer) is getattr(
+        importlib.import_module(module), {"adam": "Adam", "adamw": "AdamW"}[name] + suffix
+    )
+    (group,) = optimizer.param_groups
+    assert float(group["lr"]) == pytest.approx(3e-2) and group["betas"] == (0.8, 0.93)
+    assert group["eps"] == 1e-3 and group["weight_decay"] == 0.05
+
+
+def test_every_row_is_reached_by_flags_and_has_a_name_of_its_own() -> None:
+    asked = [({"optimizer": name, **flags}) for name in ("adam", "adamw") for flags, _ in LOW_BIT]
+    asked += [{"optimizer": "prodigy"}, {"optimizer": "came"}]
+    names = {optimizer_name(OptimizerOptions(**flags)) for flags in asked}
+    assert names == {", ".join(part for part in key if part) for key in OPTIMIZERS}
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ({}, {"betas": (0.9, 0.95), "beta3": None, "decouple": False, "use_bias_correction": False}),
+        ({"beta3": 0.7, "beta1": 0.5, "beta2": 0.6}, {"beta3": 0.7, "betas": (0.5, 0.6)}),
+        ({"prodigy_decouple": True}, {"decouple": True, "safeguard_warmup": False}),
+        ({"prodigy_use_bias_correction": True}, {"use_bias_correction": True, "decouple": False}),
+        ({"prodigy_safeguard_warmup": True, "weight_decay": 0.3}, {"safeguard_warmup": True, "weight_decay": 0.3}),
+    ],
+)
+def test_prodigy_steps_as_its_library_does(flags: dict[str, Any], expected: dict[str, Any], capsys) -> None:
+    from prodigyopt import Prodigy
+
+    ours, theirs = make_parameters(), make_parameters()
+    options = OptimizerOptions(optimizer="prodigy", learning_rate=1, **flags)
+    optimizer = build_optimizer(ours, options, 1)
+    assert capsys.readouterr().out == ""  # standard output is for results
+    reference = Prodigy(theirs, **{"lr": 1, "weight_decay": 1e-4, "eps": 1e-8, "betas": (0.9, 0.95), "decouple": False})
+    for group, expected_group in zip(optimizer.param_groups, reference.param_groups, strict=True):
+        assert {name: group[name] for name in expected} == expected
+        expected_group.update(expected)
+    take_steps(optimizer, ours, 5)
+    take_steps(reference, theirs, 5)
+    for our_part, their_part, start in zip(ours, theirs, make_parameters(), strict=True):
+        assert torch.equal(our_part, their_part) and not torch.equal(our_part, start)
+
+
+@pytest.mark.parametrize(
+    ("flags", "betas"),
+    [({}, (0.9, 0.999, 0.9999)), ({"beta1": 0.5, "beta2": 0.6, "beta3": 0.7}, (0.5, 0.6, 0.7))],
+)
+def test_came_steps_as_its_library_does(flags: dict[str, Any], betas: tuple[float, ...]) -> None:
+    from came_pytorch.CAME import CAME
+
+    ours, theirs = make_parameters(), make_parameters()
+    options = OptimizerOptions(optimizer="came", learning_rate=1e-2, weight_decay=0.1, **flags)
+    optimizer, reference = build_optimizer(ours, options, 1), CAME(theirs, lr=1e-2, betas=betas, weight_decay=0.1)
+    take_steps(optimizer, ours, 5)
+    take_steps(reference, theirs, 5)
+    for our_part, their_part, start in zip(ours, theirs, make_parameters(), strict=True):
+        assert torch.equal(our_part, their_part) and not torch.equal(our_part, start)
+
+
+def test_decays_that_are_not_given_are_each_optimizers_own_and_are_written_down() -> None:
+    resolved = {name: resolve_optimizer_options(OptimizerOptions(optimizer=name)) for name in ("adamw", "came")}
+    assert {name: (each.beta2, each.beta3) for name, each in resolved.items()} == {
+        "adamw": (0.95, None),
+        "came": (0.999, 0.9999),
+    }
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"use_8bit": True, "use_4bit": True}, "--use_8bit --use_4bit: .*leave all but one out"),
+        ({"use_8bit": True, "use_fp8": True, "use_torchao": True}, "--use_8bit --use_fp8"),
+        ({"use_4bit": True}, "--use_4bit: only torchao.*add --use_torchao"),
+        ({"use_fp8": True}, "--use_fp8: only torchao.*add --use_torchao"),
+        ({"use_torchao": True}, "--use_torchao: .*add --use_8bit"),
+        ({"optimizer": "came", "use_8bit": True}, "--optimizer came --use_8bit: only adam and adamw"),
+        ({"optimizer": "prodigy", "use_4bit": True, "use_torchao": True}, "--optimizer prodigy --use_4bit"),
+        ({"offload_gradients": True}, "--offload_gradients: only together with --use_cpu_offload_optimizer"),
+        ({"use_cpu_offload_optimizer": True}, "--use_cpu_offload_optimizer: needs a GPU"),
+    ],
+)
+def test_options_that_contradict_each_other_are_refused_by_name(flags: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        check_optimizer(OptimizerOptions(**flags), machine())
+
+
+OFFLOADING = OptimizerOptions(use_cpu_offload_optimizer=True, offload_gradients=True)
+
+
+def test_the_optimizer_goes_to_the_host_only_where_gradients_are_whole() -> None:
+    """A GPU that is only claimed: what the optimizer then does is tested with weights that stand on the host."""
+    check_optimizer(OFFLOADING, machine("cuda"))
+    check_optimizer(dataclasses.replace(OFFLOADING, offload_gradients=False), machine("cuda", num_processes=2))
+    with pytest.raises(UserError, match=r"--offload_gradients: for one GPU only.* 2 processes"):
+        check_optimizer(OFFLOADING, machine("cuda", num_processes=2))
+    for options in (OFFLOADING, OptimizerOptions(trainable_dtype="bf16")):
+        with pytest.raises(UserError, match="not together with fp16"):
+            check_optimizer(options, machine("cuda", scaler=object()))
+
+
+@pytest.mark.parametrize("capability", [(8, 6), (8, 9)])
+def test_fp8_is_refused_on_gpus_that_do_not_know_it(capability: tuple[int, int], monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    options = OptimizerOptions(use_fp8=True, use_torchao=True)
+    with pytest.raises(UserError, match="--use_fp8: needs") if capability < (8, 9) else contextlib.nullcontext():
+        check_optimizer(options, machine("cuda"))
+
+
+@pytest.mark.parametrize("flags", [{}, {"optimizer": "prodigy"}, {"use_8bit": True}])
+def test_an_optimizer_on_the_host_steps_as_one_beside_the_weights(flags: dict[str, Any]) -> None:
+    results = []
+    for offload in (False, True):
+        parameters = make_parameters()
+        options = dataclasses.replace(SETTINGS, use_cpu_offload_optimizer=offload, **flags)
+        optimizer = build_optimizer(parameters, options, 1)
+        assert isinstance(optimizer, Fp32Steps) == offload
+        schedule = build_schedule(optimizer, dataclasses.replace(options, lr_scheduler="cosine"), 6)
+        for _ in range(6):
+            take_steps(optimizer, parameters, 1)
+            schedule.step()
+        results.append(parameters)
+    for ours, theirs, start in zip(*results, make_parameters(), strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-7) and not torch.equal(ours, start)
+
+
+@pytest.mark.parametrize(
+    ("flags", "package"),
+    [
+        ({"use_8bit": True}, "bitsandbytes"),
+        ({"use_8bit": True, "use_torchao": True}, "torchao"),
+        ({"optimizer": "prodigy"}, "prodigyopt"),
+        ({"optimizer": "came"}, "came-pytorch"),
+    ],
+)
+def test_a_library_that_is_missing_is_named_with_its_installation(flags, package: str, monkeypatch) -> None:
+    for module in [name for name in sys.modules if name.split(".")[0] == package.replace("-", "_")]:
+        monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.setitem(sys.modules, package.replace("-", "_"), None)
+    with pytest.raises(UserError, match=f"pip install {package}$"):
+        check_optimizer(OptimizerOptions(**flags), machine())
+
+
+def test_low_bit_optimizers_of_torchao_need_no_bitsandbytes(monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    options = OptimizerOptions(use_8bit=True, use_torchao=True)
+    check_optimizer(options, machine())
+    build_optimizer(make_parameters(), options, 1)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"prodigy_decouple": True, "beta3": 0.5}, "--prodigy_decouple --beta3: without effect with --optimizer adamw"),
+        ({"optimizer": "came", "epsilon": 1e-6}, "--epsilon: without effect with --optimizer came"),
+        ({"optimizer": "prodigy"}, "--learning_rate 0.0001: prodigy finds the rate"),
+        ({"optimizer": "adam", "use_8bit": True}, "bitsandbytes decays the weights directly"),
+        ({"optimizer": "prodigy", "learning_rate": 1.0, "beta3": 0.9, "prodigy_safeguard_warmup": True}, None),
+        ({"use_8bit": True}, None),
+    ],
+)
+def test_options_without_effect_are_told(flags: dict[str, Any], message: str | None, caplog) -> None:
+    with caplog.at_level(logging.WARNING, logger="cogvideox_factory"):
+        check_optimizer(OptimizerOptions(**flags), machine())
+    told = [record.getMessage() for record in caplog.records if record.name.startswith("cogvideox_factory")]
+    assert len(told) == (message is not None) and all(message in each for each in told if message)
+
+
+def test_bitsandbytes_adam_decays_as_its_adamw() -> None:
+    """Why the program says so: it is not what --optimizer adam means elsewhere."""
+    results = []
+    names: tuple[Any, ...] = ("adam", "adamw")
+    for name in names:
+        parameters = make_parameters()
+        options = dataclasses.replace(SETTINGS, optimizer=name, use_8bit=True)
+        take_steps(build_optimizer(parameters, options, 1), parameters, 3)
+        results.append(parameters[0])
+    assert torch.equal(*results)
+
+
+def test_effective_rate_is_what_prodigy_multiplies_its_step_by() -> None:
+    parameters = [torch.nn.Parameter(torch.zeros(4))]
+    options = OptimizerOptions(optimizer="prodigy", learning_rate=0.5, weight_decay=0)
+    optimizer = build_optimizer(parameters, options, 1)
+    assert effective_rate(optimizer) == 0.5 * 1e-6
+    for _ in range(8):
+        before, rate = parameters[0].detach().clone(), effective_rate(optimizer)
+        parameters[0].grad = torch.full((4,), 0.3)
+        optimizer.step()
+    # Its update is d·lr·m/√v, with both means scaled by d.
+    state = optimizer.state[parameters[0]]
+    update = state["exp_avg"] / (state["exp_avg_sq"].sqrt() + optimizer.param_groups[0]["d"] * 1e-8)
+    assert torch.allclose(before - parameters[0], rate * update, rtol=1e-3) and rate > 0.5e-6
+    assert effective_rate(build_optimizer(make_parameters(), SETTINGS, 1)) == 3e-2
+
+
+def test_after_a_load_settings_are_the_options_and_what_was_learned_is_the_checkpoints() -> None:
+    parameters = make_parameters()
+    options = OptimizerOptions(optimizer="prodigy", learning_rate=1, weight_decay=0.2)
+    optimizer = build_optimizer(parameters, options, 1)
+    build_schedule(optimizer, options, 5)
+    for _ in range(8):
+        for parameter in parameters:
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+    fresh = build_optimizer(parameters, dataclasses.replace(options, learning_rate=0.5, weight_decay=0.1), 1)
+    settings = [dict(group) for group in fresh.param_groups]
+    fresh.load_state_dict(optimizer.state_dict())
+    keep_settings(fresh, settings)
+    (group,), (old,) = fresh.param_groups, optimizer.param_groups
+    assert group["lr"] == 0.5 and group["weight_decay"] == 0.1 and "initial_lr" not in group
+    assert all(group[name] == old[name] for name in ("d", "d_max", "d_hat", "d_numerator", "d_denom", "k"))
+    assert group["k"] == 8 and group["d"] > 1e-6 and group["params"][0] is parameters[0]
+
+
+def test_the_rate_of_torchao_is_set_in_its_place() -> None:
+    options = dataclasses.replace(SETTINGS, use_8bit=True, use_torchao=True)
+    (group,) = build_optimizer(make_parameters(), options, 1).param_groups
+    rate = group["lr"]
+    set_rate(group, 0.125)
+    assert group["lr"] is rate and float(rate) == 0.125
+    plain = {"lr": 1.0}
+    set_rate(plain, 0.5)
+    assert plain == {"lr": 0.5}
 
 
 # --- the learning rate ---

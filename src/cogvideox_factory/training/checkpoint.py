@@ -2,7 +2,7 @@
 
     checkpoints/step-00000500/
       pytorch_lora_weights.safetensors   what diffusers loads, for trying out
-      trainable.safetensors              the trained weights as the optimizer holds them
+      trainable.safetensors              the trained weights as the optimizer holds them (fp32 masters if any)
       optimizer.safetensors, state.json  everything else that resumes
 
 A checkpoint is written in a folder of another name, flushed and renamed: it is complete or absent. Rejected:
@@ -27,6 +27,8 @@ from cogvideox_factory.data.files import write_durably
 from cogvideox_factory.data.sampler import Layout, Position
 from cogvideox_factory.model.adapters import save_lora, trainable_parameters
 from cogvideox_factory.run_folder import checkpoint_folder, list_checkpoints, set_aside_after
+from cogvideox_factory.training.fp32_steps import held_weights, set_weights
+from cogvideox_factory.training.tensor_tree import flatten, unflatten
 
 
 @dataclass
@@ -66,9 +68,9 @@ def save_checkpoint(run: Path, state: TrainState, transformer, optimizer, keep: 
 def _write_checkpoint(part: Path, state: TrainState, transformer, optimizer) -> None:
     part.mkdir(parents=True)
     save_lora(transformer, part)
-    weights = {name: value.detach().cpu() for name, value in trainable_parameters(transformer).items()}
-    _save_tensors(weights, part / "trainable.safetensors")
-    tensors, rest = _split_optimizer(optimizer.state_dict())
+    weights = held_weights(optimizer, trainable_parameters(transformer))
+    _save_tensors({name: value.cpu() for name, value in weights.items()}, part / "trainable.safetensors")
+    tensors, rest = flatten(optimizer.state_dict(), "state")
     tensors["rng.torch"] = torch.get_rng_state()
     if torch.cuda.is_available():
         tensors["rng.cuda"] = torch.cuda.get_rng_state()
@@ -76,10 +78,21 @@ def _write_checkpoint(part: Path, state: TrainState, transformer, optimizer) -> 
     write_durably(part / "state.json", json.dumps({**asdict(state), "optimizer": rest}, indent=2).encode())
 
 
+def read_state(folder: Path) -> TrainState:
+    """What a checkpoint holds besides tensors. Raises UserError where it cannot be read."""
+    try:
+        content = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        content.pop("optimizer")
+        return _state_from_json(content)
+    except Exception as error:
+        raise UserError(f"checkpoint {folder} cannot be read: {error}") from error
+
+
 def load_checkpoint(folder: Path, transformer, optimizer) -> TrainState:
     """Put weights, optimizer and generators back, and give the rest.
 
-    Raises UserError where the checkpoint is of another adapter or cannot be read.
+    Raises UserError where the checkpoint is of another adapter or cannot be read. That it is of the same kind of
+    optimizer is for the caller to see, from `read_state`.
     """
     try:
         content = json.loads((folder / "state.json").read_text(encoding="utf-8"))
@@ -88,14 +101,12 @@ def load_checkpoint(folder: Path, transformer, optimizer) -> TrainState:
         weights = load_file(folder / "trainable.safetensors")
         tensors = load_file(folder / "optimizer.safetensors")
         random_state, cuda_random_state = tensors.pop("rng.torch"), tensors.pop("rng.cuda", None)
-        optimizer_state = _join_optimizer(tensors, rest)
+        optimizer_state = unflatten(tensors, rest)
     except Exception as error:  # safetensors raises its own kind for every sort of damage
         raise UserError(f"checkpoint {folder} cannot be read: {error}") from error
     parameters = trainable_parameters(transformer)
     _compare(folder, weights, parameters)
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(weights[name])
+    set_weights(optimizer, parameters, weights)
     torch.set_rng_state(random_state)
     if cuda_random_state is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(cuda_random_state)
@@ -141,24 +152,6 @@ def _compare(folder: Path, weights: Mapping[str, torch.Tensor], parameters: Mapp
                 f"checkpoint {folder} is of another --rank or another model: {name} is {list(weights[name].shape)} "
                 f"there and {list(parameter.shape)} here"
             )
-
-
-def _split_optimizer(state: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """An optimizer's state as tensors by name, and the rest as JSON-able values."""
-    tensors: dict[str, torch.Tensor] = {}
-    values: dict[str, Any] = {}
-    for index, slots in state["state"].items():
-        for name, value in slots.items():
-            (tensors if isinstance(value, torch.Tensor) else values)[f"{index}.{name}"] = value
-    return tensors, {"values": values, "param_groups": state["param_groups"]}
-
-
-def _join_optimizer(tensors: Mapping[str, torch.Tensor], rest: Mapping[str, Any]) -> dict[str, Any]:
-    slots: dict[int, dict[str, Any]] = {}
-    for key, value in {**tensors, **rest["values"]}.items():
-        index, _, name = key.partition(".")
-        slots.setdefault(int(index), {})[name] = value
-    return {"state": slots, "param_groups": rest["param_groups"]}
 
 
 def _save_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:

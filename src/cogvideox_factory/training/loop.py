@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import AutocastKwargs, InitProcessGroupKwargs
+from accelerate.utils import AutocastKwargs, DistributedType, InitProcessGroupKwargs
 
 from cogvideox_factory.config import RunError, Train, UserError, write_config
 from cogvideox_factory.data.buckets import Bucket
@@ -35,7 +35,7 @@ from cogvideox_factory.stopping import Stopped, StopRequest, stop_requests
 from cogvideox_factory.training.checkpoint import TrainState, save_checkpoint
 from cogvideox_factory.training.metrics import MemoryMeter, MetricsLog
 from cogvideox_factory.training.objective import velocity_loss
-from cogvideox_factory.training.optimizers import build_optimizer
+from cogvideox_factory.training.optimizers import build_optimizer, check_optimizer, clip_gradients, effective_rate
 from cogvideox_factory.training.resuming import resume, schedule_at
 from cogvideox_factory.training.run_options import claim_run_folder, resolve_options, without_resume
 from cogvideox_factory.training.validation import Validation
@@ -62,6 +62,7 @@ def train(options: Train) -> Path:
     checkpoint = with_conditioning(open_checkpoint(options.model), options.conditioning)
     options = resolve_options(options, checkpoint)
     accelerator = make_accelerator(options, checkpoint)
+    check_optimizer(options.optimizer, accelerator)
     device = accelerator.device
     if not options.training.load_tensors:
         read_clips(options.data)  # what is wrong with the data set as a whole is said before a folder is made
@@ -137,7 +138,9 @@ def train_steps(
         write_config(without_resume(options), run / "config.yaml")
         set_aside_after(run / "validation", state.step)
 
-    model, optimizer = accelerator.prepare(transformer, raw_optimizer)
+    # The optimizer's state is where it belongs already, which is not always the GPU; DeepSpeed wants no say in it.
+    placement = None if accelerator.distributed_type == DistributedType.DEEPSPEED else [True, False]
+    model, optimizer = accelerator.prepare(transformer, raw_optimizer, device_placement=placement)
     clips = PreparedClips(
         data.prepared,
         data.entries,
@@ -188,6 +191,7 @@ def train_steps(
             started = time.perf_counter()
             step = next(steps)
             waited = time.perf_counter() - started
+            rate = effective_rate(raw_optimizer)
             loss, grad_norm = optimizer_step(
                 step, accelerator, model, optimizer, denoiser, scheduler, parameters, options
             )
@@ -197,7 +201,6 @@ def train_steps(
                     f"the loss of step {state.step + 1} is {loss}; the last good state is the {good}. Lower "
                     "--learning_rate, or set --max_grad_norm"
                 )
-            rate = raw_optimizer.param_groups[0]["lr"]
             schedule.step()
             state.step += 1
             state.samples_seen += step.num_clips
@@ -282,7 +285,10 @@ def most_frequent_bucket(entries: list[Entry]) -> Bucket:
 def build_model(options: Train, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device):
     """The transformer as it trains. The order matters; each line says what it must come after."""
     transformer = load_transformer(checkpoint, dtype)  # frozen, in the base's type
-    attach_lora(transformer, options.lora, options.seed)  # after the base has its type: the adapter stays fp32
+    attach_lora(transformer, options.lora, options.seed)  # after the base has its type: the adapter is fp32
+    if options.optimizer.trainable_dtype == "bf16":
+        for parameter in trainable_parameters(transformer).values():
+            parameter.data = parameter.data.bfloat16()  # the optimizer rounds stochastically
     if options.training.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()  # after all layers are in their blocks
     return transformer.to(device)
@@ -312,7 +318,7 @@ def optimizer_step(
             accelerator.backward(loss * accelerator.num_processes)
         total += loss.detach()
     limit = options.optimizer.max_grad_norm or float("inf")
-    grad_norm = accelerator.clip_grad_norm_(parameters, limit)
+    grad_norm = clip_gradients(accelerator, optimizer, parameters, limit)
     optimizer.step()
     optimizer.zero_grad()
     if accelerator.num_processes > 1:

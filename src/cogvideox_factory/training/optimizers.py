@@ -1,27 +1,246 @@
-"""The optimizer, and the schedule of its learning rate."""
+"""The optimizer, and the schedule of its learning rate.
+
+A row of `OPTIMIZERS` is one optimizer with one way to keep its state; a library is imported when its row is used.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import importlib
+import logging
+import sys
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
+from accelerate import Accelerator
 
 from cogvideox_factory.config import OptimizerOptions, UserError
+from cogvideox_factory.training.fp32_steps import Fp32Steps
 
-OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Where an optimizer's class is, and what it is given besides the parameters and the rate."""
+
+    package: str  # as pip knows it
+    module: str
+    class_name: str
+    arguments: Callable[[OptimizerOptions], dict[str, Any]]
+    one_by_one: bool = True  # each weight is stepped by itself; Prodigy's rate is one figure, learned from all weights
+
+
+def _adam(options: OptimizerOptions) -> dict[str, Any]:
+    return {
+        "betas": (options.beta1, options.beta2),
+        "eps": options.epsilon,
+        "weight_decay": options.weight_decay,
+    }
+
+
+def _prodigy(options: OptimizerOptions) -> dict[str, Any]:
+    return {
+        **_adam(options),
+        "beta3": options.beta3,  # None: the root of beta2
+        "decouple": options.prodigy_decouple,
+        "use_bias_correction": options.prodigy_use_bias_correction,
+        "safeguard_warmup": options.prodigy_safeguard_warmup,
+    }
+
+
+def _came(options: OptimizerOptions) -> dict[str, Any]:
+    """Its two epsilons stay its own: they are added to squares, and no 1e-8 would do."""
+    return {"betas": (options.beta1, options.beta2, options.beta3), "weight_decay": options.weight_decay}
+
+
+OPTIMIZERS: dict[tuple[str, str], Kind] = {
+    ("adam", ""): Kind("torch", "torch.optim", "Adam", _adam),
+    ("adamw", ""): Kind("torch", "torch.optim", "AdamW", _adam),
+    ("adam", "8-bit bitsandbytes"): Kind("bitsandbytes", "bitsandbytes.optim", "Adam8bit", _adam),
+    ("adamw", "8-bit bitsandbytes"): Kind("bitsandbytes", "bitsandbytes.optim", "AdamW8bit", _adam),
+    ("adam", "8-bit torchao"): Kind("torchao", "torchao.optim", "Adam8bit", _adam),
+    ("adamw", "8-bit torchao"): Kind("torchao", "torchao.optim", "AdamW8bit", _adam),
+    ("adam", "4-bit torchao"): Kind("torchao", "torchao.optim", "Adam4bit", _adam),
+    ("adamw", "4-bit torchao"): Kind("torchao", "torchao.optim", "AdamW4bit", _adam),
+    ("adam", "fp8 torchao"): Kind("torchao", "torchao.optim", "AdamFp8", _adam),
+    ("adamw", "fp8 torchao"): Kind("torchao", "torchao.optim", "AdamWFp8", _adam),
+    ("prodigy", ""): Kind("prodigyopt", "prodigyopt", "Prodigy", _prodigy, one_by_one=False),
+    ("came", ""): Kind("came-pytorch", "came_pytorch.CAME", "CAME", _came),
+}
+# What Prodigy learns and keeps among its settings.
+LEARNED = ("d", "d_max", "d_hat", "d_numerator", "d_denom", "k")
+
+
+def resolve_optimizer_options(options: OptimizerOptions) -> OptimizerOptions:
+    """With each optimizer's own decays where none are given."""
+    is_came = options.optimizer == "came"
+    beta2 = (0.999 if is_came else 0.95) if options.beta2 is None else options.beta2
+    beta3 = 0.9999 if is_came and options.beta3 is None else options.beta3
+    return dataclasses.replace(options, beta2=beta2, beta3=beta3)
+
+
+def check_optimizer(options: OptimizerOptions, accelerator: Accelerator) -> None:
+    """Raises UserError for options that contradict each other or this machine, and where a library is missing.
+
+    Called before anything is loaded. Options without effect are told.
+    """
+    if not options.use_cpu_offload_optimizer:
+        if options.use_torchao and not _precisions(options):
+            raise UserError(
+                "--use_torchao: says whose low-bit optimizer to take; add --use_8bit, --use_4bit or --use_fp8, or "
+                "leave it out"
+            )
+        if options.offload_gradients:
+            raise UserError("--offload_gradients: only together with --use_cpu_offload_optimizer; add that")
+    elif accelerator.device.type == "cpu":
+        raise UserError(
+            "--use_cpu_offload_optimizer: needs a GPU; on a CPU the optimizer is there already, leave it out"
+        )
+    if options.offload_gradients and accelerator.num_processes > 1:
+        raise UserError(
+            "--offload_gradients: for one GPU only, as gradients leave before they are averaged over the "
+            f"{accelerator.num_processes} processes; leave it out"
+        )
+    if accelerator.scaler is not None:  # it looks for gradients that are gone by then
+        for flag, is_given in (
+            ("--use_cpu_offload_optimizer", options.use_cpu_offload_optimizer),
+            ("--trainable_dtype bf16", options.trainable_dtype == "bf16"),
+        ):
+            if is_given:
+                raise UserError(f"{flag}: not together with fp16; take --mixed_precision bf16")
+    kind = _find_kind(options)
+    if options.use_fp8 and accelerator.device.type == "cuda" and torch.cuda.get_device_capability() < (8, 9):
+        raise UserError("--use_fp8: needs a GPU of compute capability 8.9 or newer (Ada, Hopper); take --use_8bit")
+    _optimizer_class(kind)
+    _tell_without_effect(options)
+
+
+def optimizer_name(options: OptimizerOptions) -> str:
+    """The optimizer with what decides how its state is saved, for people: `adamw, 8-bit torchao`."""
+    return ", ".join(part for part in (options.optimizer, _state_format(options)) if part)
 
 
 def build_optimizer(
     parameters: Iterable[torch.nn.Parameter], options: OptimizerOptions, clips_per_step: int
 ) -> torch.optim.Optimizer:
-    """The optimizer that the options name; `clips_per_step` counts all ranks and accumulated batches."""
-    return OPTIMIZERS[options.optimizer](
-        parameters,
-        lr=options.learning_rate * (clips_per_step if options.scale_lr else 1),
-        betas=(options.beta1, options.beta2),
-        eps=options.epsilon,
-        weight_decay=options.weight_decay,
-    )
+    """The optimizer that the options name; `clips_per_step` counts all ranks and accumulated batches.
+
+    Parameters are fp32 or bf16; those in bf16 get fp32 masters or are rounded stochastically, as the options say.
+    """
+    options = resolve_optimizer_options(options)
+    parameters = list(parameters)
+    kind = _find_kind(options)
+    optimizer_class = _optimizer_class(kind)
+    arguments = kind.arguments(options)
+    if options.use_cpu_offload_optimizer and kind.package == "torch":
+        arguments["fused"] = True  # on a CPU many times faster than torch's default
+    rate = options.learning_rate * (clips_per_step if options.scale_lr else 1)
+
+    def build(held: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+        assert all(parameter.dtype == torch.float32 for parameter in held), "a weight would be trained in plain bf16"
+        with contextlib.redirect_stdout(sys.stderr):  # Prodigy prints
+            return optimizer_class(held, lr=rate, **arguments)
+
+    if options.use_cpu_offload_optimizer or any(parameter.dtype != torch.float32 for parameter in parameters):
+        return Fp32Steps(
+            parameters,
+            build,
+            stochastic_rounding=options.trainable_dtype == "bf16",
+            on_host=options.use_cpu_offload_optimizer,
+            offload_gradients=options.offload_gradients,
+            one_by_one=kind.one_by_one,
+        )
+    return build(parameters)
+
+
+def effective_rate(optimizer: torch.optim.Optimizer) -> float:
+    """The learning rate of the next step: the schedule's, times Prodigy's own estimate where there is one."""
+    group = optimizer.param_groups[0]
+    return float(group["lr"]) * group.get("d", 1.0)
+
+
+def set_rate(group: dict[str, Any], rate: float) -> None:
+    """Set a group's learning rate; torchao keeps it in a tensor that must stay the same."""
+    if isinstance(group["lr"], torch.Tensor):
+        group["lr"].fill_(rate)
+    else:
+        group["lr"] = float(rate)
+
+
+def keep_settings(optimizer: torch.optim.Optimizer, settings: list[dict[str, Any]]) -> None:
+    """After loading a state: take the settings of these groups again, with what was learned by the loaded ones."""
+    learned = [{name: group[name] for name in LEARNED if name in group} for group in optimizer.param_groups]
+    optimizer.param_groups[:] = [{**own, **loaded} for own, loaded in zip(settings, learned, strict=True)]
+
+
+def clip_gradients(
+    accelerator: Accelerator,
+    optimizer: torch.optim.Optimizer,
+    parameters: list[torch.nn.Parameter],
+    limit: float,
+) -> torch.Tensor:
+    """Scale gradients down to a common norm of `limit`, wherever they are; the norm before."""
+    raw = getattr(optimizer, "optimizer", optimizer)  # within accelerate's
+    norm = raw.clip_host_gradients(limit) if isinstance(raw, Fp32Steps) else None
+    return accelerator.clip_grad_norm_(parameters, limit) if norm is None else norm
+
+
+def _precisions(options: OptimizerOptions) -> list[str]:
+    """Low-bit formats that are asked for."""
+    asked = {"8-bit": options.use_8bit, "4-bit": options.use_4bit, "fp8": options.use_fp8}
+    return [name for name, is_asked in asked.items() if is_asked]
+
+
+def _state_format(options: OptimizerOptions) -> str:
+    library = "torchao" if options.use_torchao else "bitsandbytes"
+    return " ".join((*_precisions(options), library)) if _precisions(options) else ""
+
+
+def _find_kind(options: OptimizerOptions) -> Kind:
+    """Raises UserError for options that no row of the table answers to."""
+    flags = [f"--use_{name.replace('-', '')}" for name in _precisions(options)]
+    if len(flags) > 1:
+        raise UserError(f"{' '.join(flags)}: the state has one format; leave all but one out")
+    if flags and options.optimizer not in ("adam", "adamw"):
+        raise UserError(f"--optimizer {options.optimizer} {flags[0]}: only adam and adamw have a low-bit form")
+    if flags and flags[0] != "--use_8bit" and not options.use_torchao:
+        raise UserError(f"{flags[0]}: only torchao has it; add --use_torchao")
+    return OPTIMIZERS[options.optimizer, _state_format(options)]
+
+
+def _optimizer_class(kind: Kind) -> Callable[..., torch.optim.Optimizer]:
+    """Raises UserError where the library is not installed."""
+    try:
+        return getattr(importlib.import_module(kind.module), kind.class_name)
+    except ImportError as error:
+        raise UserError(
+            f"--optimizer: {kind.class_name} needs {kind.package}, which cannot be imported ({error}); "
+            f"pip install {kind.package}"
+        ) from error
+
+
+def _tell_without_effect(options: OptimizerOptions) -> None:
+    """Warn of options that this optimizer does not look at, and of what surprises people."""
+    defaults = OptimizerOptions()
+    ignored = ["epsilon"] if options.optimizer == "came" else []
+    if options.optimizer != "prodigy":
+        ignored += ["prodigy_decouple", "prodigy_use_bias_correction", "prodigy_safeguard_warmup"]
+    if options.optimizer in ("adam", "adamw"):
+        ignored.append("beta3")
+    given = [f"--{name}" for name in ignored if getattr(options, name) != getattr(defaults, name)]
+    if given:
+        logger.warning("%s: without effect with --optimizer %s", " ".join(given), options.optimizer)
+    if options.optimizer == "prodigy" and options.learning_rate < 0.1:
+        logger.warning(
+            "--learning_rate %g: prodigy finds the rate by itself and multiplies it by this; 1 is usual",
+            options.learning_rate,
+        )
+    if (options.optimizer, _state_format(options)) == ("adam", "8-bit bitsandbytes") and options.weight_decay:
+        logger.warning("--optimizer adam --use_8bit: bitsandbytes decays the weights directly, as adamw does")
 
 
 def build_schedule(optimizer: torch.optim.Optimizer, options: OptimizerOptions, num_steps: int):

@@ -18,8 +18,8 @@ from cogvideox_factory.data.files import hash_of
 from cogvideox_factory.data.sampler import Position, Sampler
 from cogvideox_factory.data.store import Entry
 from cogvideox_factory.model.family import Checkpoint
-from cogvideox_factory.training.checkpoint import TrainState, find_checkpoint, load_checkpoint
-from cogvideox_factory.training.optimizers import build_schedule
+from cogvideox_factory.training.checkpoint import TrainState, find_checkpoint, load_checkpoint, read_state
+from cogvideox_factory.training.optimizers import build_schedule, keep_settings, optimizer_name, set_rate
 
 logger = logging.getLogger(__name__)
 
@@ -45,9 +45,10 @@ def resume(
         if choice:
             logger.info("no checkpoint in %s yet: starting from the beginning", options.output_dir)
         return fresh
-    hyperparameters = [dict(group) for group in optimizer.param_groups]
+    check_same_optimizer(read_state(folder), options.optimizer, f"checkpoint {folder}")  # before its state is loaded
+    settings = [dict(group) for group in optimizer.param_groups]
     saved = load_checkpoint(folder, transformer, optimizer)
-    optimizer.param_groups[:] = hyperparameters  # those of the options, not those of the checkpoint
+    keep_settings(optimizer, settings)  # those of the options, not those of the checkpoint
     check_identity(saved, fresh, f"checkpoint {folder}")
     tell_optimizer_changes(saved, fresh)
     if accelerator.scaler and saved.scaler:
@@ -83,6 +84,18 @@ def check_identity(saved: TrainState, fresh: TrainState, name: str) -> None:
             )
 
 
+def check_same_optimizer(saved: TrainState, options: OptimizerOptions, name: str) -> None:
+    """Raises UserError where the saved state is of another optimizer than the options ask for."""
+    known = {field.name for field in dataclasses.fields(OptimizerOptions)}
+    values = {option: value for option, value in saved.optimizer_options.items() if option in known}
+    theirs, ours = optimizer_name(OptimizerOptions(**values)), optimizer_name(options)
+    if theirs != ours:
+        raise UserError(
+            f"--optimizer: {name} is of {theirs}, and these options are of {ours}, whose state is another; go on with "
+            "the same, or start anew in another --output_dir"
+        )
+
+
 def tell_optimizer_changes(saved: TrainState, fresh: TrainState) -> None:
     changed = [
         f"--{option}"
@@ -110,5 +123,5 @@ def schedule_at(step: int, optimizer: torch.optim.Optimizer, options: OptimizerO
     schedule = build_schedule(optimizer, options, num_steps)
     schedule.last_epoch = step
     for group, rate, course in zip(optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
-        group["lr"] = rate * course(step)
+        set_rate(group, rate * course(step))
     return schedule

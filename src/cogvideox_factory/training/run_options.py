@@ -18,6 +18,7 @@ from cogvideox_factory.data.store import PreparedSet
 from cogvideox_factory.model.family import Checkpoint
 from cogvideox_factory.prepare import check_prepared
 from cogvideox_factory.resolve import check_positions, check_text_length, resolve_data_options
+from cogvideox_factory.training.optimizers import resolve_optimizer_options
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +51,7 @@ def resolve_options(options: Train, checkpoint: Checkpoint) -> Train:
         model=model,
         data=data,
         encoding=encoding,
+        optimizer=resolve_optimizer_options(options.optimizer),
         output_dir=options.output_dir.absolute(),
     )
 

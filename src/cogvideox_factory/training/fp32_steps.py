@@ -1,0 +1,199 @@
+"""An optimizer of any kind that steps in fp32, whatever the type and the place of the weights that compute.
+
+bf16 keeps 8 significant bits, so that an update of less than 1/512 of a weight rounds to nothing, and most updates of
+a fine-tuning are smaller. Two ways out: fp32 *master weights* beside the bf16 copy that computes, or a fp32 copy for
+the moment of the step and *stochastic rounding* back, which is right on average (Gupta et al. 2015,
+https://arxiv.org/abs/1502.02551). With the optimizer on the host, masters and states lie there.
+
+Rejected: torchao's `bf16_stochastic_round`, which only its Adam has, which draws from the global generator (ranks
+would drift apart), and whose unquantized states would be bf16. torchao's `CPUOffloadOptimizer`, which copies gradients
+to the host as they arrive: clipping and the average over ranks then come too late, and bf16 weights stay plain bf16.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.nn import Parameter
+
+
+class Fp32Steps(torch.optim.Optimizer):
+    """An optimizer over fp32 stand-ins of the model's weights; `param_groups` and `state` are the inner optimizer's.
+
+    A stand-in is a master, kept all the time; or, with stochastic rounding, filled for the step alone. Weights are
+    stepped one after the other where the optimizer allows it, so that no second set of gradients ever exists.
+    """
+
+    def __init__(
+        self,
+        parameters: Sequence[Parameter],
+        build: Callable[[list[Parameter]], torch.optim.Optimizer],
+        *,
+        stochastic_rounding: bool = False,
+        on_host: bool = False,
+        offload_gradients: bool = False,
+        one_by_one: bool = True,
+    ):
+        """`build` makes the inner optimizer, with one parameter group. `on_host`: masters and states are in the
+        host's memory. `offload_gradients`: gradients go there too, each as soon as the backward pass has made it.
+        `one_by_one` is false for an optimizer whose step looks at all weights together."""
+        self._rounds_stochastically = stochastic_rounding
+        self._on_host = on_host
+        self._one_by_one = one_by_one
+        self._stand_ins = {parameter: self._stand_in(parameter) for parameter in parameters}
+        self._inner = build(list(self._stand_ins.values()))
+        assert len(self._inner.param_groups) == 1
+        self._num_steps = 0
+        self._generators: dict[torch.device, torch.Generator] = {}
+        self._host_gradients: dict[Parameter, torch.Tensor] = {}
+        if offload_gradients:
+            for parameter in parameters:
+                parameter.register_post_accumulate_grad_hook(self._move_gradient)
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        return self._inner.param_groups
+
+    @property
+    def state(self) -> Any:  # type: ignore[override]
+        return self._inner.state
+
+    @property
+    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+        return self._inner.defaults
+
+    def state_dict(self) -> dict[str, Any]:
+        """The inner optimizer's, which another run may load into that optimizer itself, and the number of steps.
+
+        Without the masters: they are the trained weights of a checkpoint, and are not written twice.
+        """
+        return {**self._inner.state_dict(), "num_steps": self._num_steps}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        self._num_steps = state_dict.get("num_steps", 0)
+        self._inner.load_state_dict({name: state_dict[name] for name in ("state", "param_groups")})
+
+    def held_weight(self, parameter: Parameter) -> torch.Tensor:
+        """What is trained of a parameter of the model: its master, where it has one."""
+        return parameter if self._is_filled_for_the_step(parameter) else self._stand_ins[parameter]
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One update of every weight that has a gradient; the gradients are used up."""
+        assert closure is None
+        for generator in self._generators.values():
+            generator.manual_seed(self._num_steps)
+        stepping = [
+            (parameter, stand_in)
+            for parameter, stand_in in self._stand_ins.items()
+            if parameter.grad is not None or parameter in self._host_gradients
+        ]
+        for pairs in [[pair] for pair in stepping] if self._one_by_one else [stepping]:
+            for parameter, stand_in in pairs:
+                self._fetch(parameter, stand_in)
+            with self._only([stand_in for _, stand_in in pairs]):
+                self._inner.step()
+            for parameter, stand_in in pairs:
+                self._give_back(parameter, stand_in)
+        self._num_steps += 1
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        assert set_to_none
+        self._host_gradients.clear()
+        for parameter in self._stand_ins:
+            parameter.grad = None
+
+    @torch.no_grad()
+    def clip_host_gradients(self, limit: float) -> torch.Tensor | None:
+        """Scale gradients that are on the host down to a common norm, as `clip_grad_norm_` does; the norm before.
+
+        None where there are none."""
+        if not self._host_gradients:
+            return None
+        gradients = list(self._host_gradients.values())
+        norm = torch.nn.utils.get_total_norm(gradients)
+        scale = (limit / (norm + 1e-6)).clamp(max=1.0)
+        for gradient in gradients:
+            gradient.mul_(scale)
+        return norm
+
+    def _is_filled_for_the_step(self, parameter: Parameter) -> bool:
+        return self._rounds_stochastically and parameter.dtype == torch.bfloat16
+
+    def _stand_in(self, parameter: Parameter) -> Parameter:
+        assert parameter.dtype in (torch.float32, torch.bfloat16), parameter.dtype
+        device = torch.device("cpu") if self._on_host else parameter.device
+        if self._is_filled_for_the_step(parameter):
+            return Parameter(torch.empty(0, device=device))
+        if parameter.dtype == torch.float32 and parameter.device == device:
+            return parameter
+        return Parameter(parameter.detach().to(device, torch.float32))
+
+    def _move_gradient(self, parameter: Parameter) -> None:
+        """After the backward pass of a parameter: its gradient goes to the host, added to that of earlier batches."""
+        assert parameter.grad is not None
+        gradient, earlier = parameter.grad.to("cpu"), self._host_gradients.get(parameter)
+        self._host_gradients[parameter] = gradient if earlier is None else earlier.add_(gradient)
+        parameter.grad = None
+
+    def _fetch(self, parameter: Parameter, stand_in: Parameter) -> None:
+        gradient = self._host_gradients.pop(parameter, parameter.grad)
+        assert gradient is not None
+        parameter.grad = None
+        if self._is_filled_for_the_step(parameter):
+            stand_in.data = parameter.detach().to(stand_in.device, torch.float32)
+        stand_in.grad = gradient.to(stand_in.device, torch.float32)
+
+    def _give_back(self, parameter: Parameter, stand_in: Parameter) -> None:
+        stand_in.grad = None
+        if self._is_filled_for_the_step(parameter):
+            parameter.copy_(round_stochastically(stand_in.detach(), self._generator(stand_in.device)))
+            stand_in.data = torch.empty(0, device=stand_in.device)
+        elif stand_in is not parameter:
+            parameter.copy_(stand_in)
+
+    def _generator(self, device: torch.device) -> torch.Generator:
+        """Seeded by the step's number: the same on every rank, and after a resume."""
+        if device not in self._generators:
+            self._generators[device] = torch.Generator(device).manual_seed(self._num_steps)
+        return self._generators[device]
+
+    @contextmanager
+    def _only(self, stand_ins: list[Parameter]) -> Iterator[None]:
+        """The inner optimizer sees these parameters alone."""
+        (group,) = self._inner.param_groups
+        everything, group["params"] = group["params"], stand_ins
+        try:
+            yield
+        finally:
+            group["params"] = everything
+
+
+def round_stochastically(values: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+    """fp32 values as bf16, up or down by chance, so that the mean over many roundings is the value itself.
+
+    bf16 is the upper half of a fp32 number: adding a random lower half carries over as often as it should.
+    """
+    noise = torch.randint(0, 1 << 16, values.shape, dtype=torch.int32, device=values.device, generator=generator)
+    rounded = ((values.view(torch.int32) + noise) & -(1 << 16)).view(torch.float32)
+    return torch.where(values.isfinite(), rounded, values).bfloat16()  # a NaN must not carry over into a number
+
+
+def held_weights(optimizer: torch.optim.Optimizer, parameters: Mapping[str, Parameter]) -> dict[str, torch.Tensor]:
+    """Trained weights as the optimizer holds them: masters where there are any, else the model's own."""
+    if isinstance(optimizer, Fp32Steps):
+        return {name: optimizer.held_weight(parameter).detach() for name, parameter in parameters.items()}
+    return {name: parameter.detach() for name, parameter in parameters.items()}
+
+
+@torch.no_grad()
+def set_weights(
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, Parameter], values: Mapping[str, torch.Tensor]
+) -> None:
+    """Put saved `held_weights` back, into the masters and into the model."""
+    for name, held in held_weights(optimizer, parameters).items():
+        held.copy_(values[name])
+        parameters[name].copy_(held)
