@@ -261,6 +261,30 @@ class TrainingOptions:
     """Read into page-locked memory, from which copies to a GPU are faster."""
     allow_tf32: bool = False
     """Allow TF32 arithmetic for fp32 matrix products on Ampere and newer GPUs."""
+    nccl_timeout: Annotated[int | None, tyro.conf.arg(metavar="SECONDS"), AtLeast(1)] = None
+    """How long processes wait for each other, also while one of them prepares clips or makes videos, before they give
+    up. Default: 30 days, because a launcher ends all of them when one dies."""
+
+
+@option_group
+class ObjectiveOptions:
+    """Which noise levels the training sees, and what they weigh."""
+
+    timestep_sampling: Literal["uniform", "logit_normal"] = "uniform"
+    """How timesteps are drawn. uniform: all alike. logit_normal: the logit of a timestep's place in the schedule
+    (0: clean, 1: noise) is normally distributed, so that the middle comes more often (Esser et al. 2024)."""
+    logit_mean: Annotated[float, Within(-20, 20)] = 0.0
+    """Mean of logit_normal: below 0 for less noise, above 0 for more."""
+    logit_std: Annotated[float, MoreThan(0)] = 1.0
+    """Standard deviation of logit_normal: the larger, the more often the ends of the schedule come."""
+    stratified_timesteps: bool = False
+    """Spread the timesteps of one optimizer step evenly over their distribution, over all GPUs and accumulated
+    batches, so that the loss of a step varies less. A clip's timestep then depends on how many and which clips share
+    its step, and so on the batch size; without this it does not."""
+    snr_gamma: Annotated[float | None, tyro.conf.arg(metavar="GAMMA"), MoreThan(0)] = None
+    """Weigh each timestep by its signal-to-noise ratio, clamped to this value (min-SNR, Hang et al. 2023, who take 5).
+    The loss that is shown is the weighted one, and the last timestep, pure noise, weighs nothing. Default: all weigh
+    alike."""
 
 
 @option_group
@@ -438,6 +462,7 @@ class Train:
     conditioning: ConditioningOptions = field(default_factory=ConditioningOptions)
     lora: LoraOptions = field(default_factory=LoraOptions)
     training: TrainingOptions = field(default_factory=TrainingOptions)
+    objective: ObjectiveOptions = field(default_factory=ObjectiveOptions)
     optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
     validation: ValidationOptions = field(default_factory=ValidationOptions)
     sampling: SamplingOptions = field(default_factory=SamplingOptions)

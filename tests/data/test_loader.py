@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from cogvideox_factory.data.buckets import Bucket
 from cogvideox_factory.data.loader import Batch, PreparedClips, StepBatches, clip_generator, load_steps
@@ -336,3 +338,87 @@ def test_of_several_views_the_image_is_that_of_the_video(small_set, tmp_path: Pa
         assert batch.raw_latents.mean().round() == batch.raw_image_latents.mean().round()
         seen.add(int(batch.raw_latents.mean().round()))
     assert seen == {0, 1, 2}
+
+
+# --- stratified timesteps ---
+
+
+class InMemory(PreparedSet):
+    """A set whose every file holds the smallest tensors, so that many steps can be drawn."""
+
+    def __init__(self) -> None:
+        super().__init__(Path("/nowhere"))
+
+    def read_tensors(self, file: str) -> Tensors:
+        one = torch.zeros(1, 1, 1, 1)
+        return {"mean": one, "logvar": one, "prompt_embeds": torch.zeros(1, 1)}
+
+
+def stratified(num_clips: int, seed: int, rank: int = 0, stratified_timesteps: bool = True) -> PreparedClips:
+    files = {"latents": ("latents/a",), "prompt": ("prompts/a",)}
+    entries = [Entry(f"{index}.mp4", "a", SHORT, files, key=f"key{index}") for index in range(num_clips)]
+    return PreparedClips(
+        InMemory(),
+        entries,
+        EMPTY,
+        seed=seed,
+        caption_dropout=0.0,
+        rank=rank,
+        stratified_timesteps=stratified_timesteps,
+    )
+
+
+def quantiles_of(num_clips: int, seed: int, epoch: int, step: list[list[list[int]]]) -> dict[int, float]:
+    """Quantile of each clip of a step, over all ranks."""
+    found: dict[int, float] = {}
+    for rank in range(len(step[0])):
+        batches = stratified(num_clips, seed, rank)[Position(epoch), step].batches
+        for shares, batch in zip(step, batches, strict=True):
+            found |= dict(zip(shares[rank], batch.timestep_quantiles.tolist(), strict=False))
+    return found
+
+
+@st.composite
+def cut_steps(draw: st.DrawFn) -> tuple[int, list[list[list[int]]]]:
+    """Some of twenty clips in any order, cut into micro-batches and shares of ranks, of which some are empty."""
+    chosen = draw(st.lists(st.integers(0, 19), min_size=1, max_size=20, unique=True))
+    num_ranks, size = draw(st.integers(1, 4)), draw(st.integers(1, 20))
+    micro_batches = [chosen[start : start + size] for start in range(0, len(chosen), size)]
+    return 20, [[batch[rank::num_ranks] for rank in range(num_ranks)] for batch in micro_batches]
+
+
+@settings(deadline=None, max_examples=60)
+@given(cut=cut_steps(), seed=st.integers(0, 2**63 - 1), epoch=st.integers(0, 100))
+def test_stratified_timesteps_hit_every_stratum_once_however_the_step_is_cut(
+    cut: tuple[int, list[list[list[int]]]], seed: int, epoch: int
+) -> None:
+    num_clips, step = cut
+    quantiles = quantiles_of(num_clips, seed, epoch, step)
+    count = len(quantiles)
+    for stratum, quantile in enumerate(sorted(quantiles.values())):
+        assert stratum - 1e-5 <= quantile * count <= stratum + 1 + 1e-5
+    whole = quantiles_of(num_clips, seed, epoch, [[sorted(quantiles)]])  # one rank, one batch, another order
+    assert whole == quantiles
+
+
+def test_stratified_quantiles_of_a_clip_are_uniform_over_the_epochs() -> None:
+    """Which stratum a clip gets, and where in it, is drawn anew each epoch, one independent of the other."""
+    clips, step, count = stratified(5, seed=3), [[[0, 1, 2, 3, 4]]], 3000
+    drawn = torch.stack([clips[Position(epoch), step].batches[0].timestep_quantiles for epoch in range(count)])
+    for quantiles in drawn.double().T:
+        counts = torch.histc(quantiles, bins=20, min=0, max=1)
+        chi_squared = ((counts - count / 20) ** 2 / (count / 20)).sum()
+        assert chi_squared < 50  # 19 ± 6.2 where all twentieths are alike
+    means = drawn.mean(1)
+    assert means.std() < 0.05 < 0.1 < torch.rand(count, 5).mean(1).std()  # a step's mean varies less: what it is for
+
+
+def test_without_stratification_every_number_is_what_it_was(small_set) -> None:
+    """The default draws just what a clip's generator gives; stratification changes the quantile alone."""
+    step = [[[0, 2, 3]], [[1]]]
+    plain, spread = (clips_of(small_set, stratified_timesteps=choice)[Position(2), step] for choice in (False, True))
+    for shares, one, other in zip(step, plain.batches, spread.batches, strict=True):
+        expected = [torch.rand(3, generator=clip_generator(SEED, 2, f"key{index}"))[0] for index in shares[0]]
+        assert torch.equal(one.timestep_quantiles, torch.stack(expected))
+        assert not torch.equal(one.timestep_quantiles, other.timestep_quantiles)
+        assert_equal({**vars(other), "timestep_quantiles": one.timestep_quantiles}, vars(one))

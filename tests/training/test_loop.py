@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import math
 import os
@@ -16,10 +17,11 @@ import pytest
 import torch
 import yaml
 from diffusers import CogVideoXDDIMScheduler, CogVideoXPipeline, CogVideoXTransformer3DModel
+from diffusers.training_utils import compute_snr
 from peft import LoraConfig
 from safetensors.torch import load_file
 
-from cogvideox_factory.config import Train
+from cogvideox_factory.config import Train, TrainingOptions
 from cogvideox_factory.data import loader
 from cogvideox_factory.data.loader import PreparedClips
 from cogvideox_factory.data.sampler import Position, Sampler
@@ -497,6 +499,49 @@ def test_drop_last_that_leaves_nothing_is_refused(train, tmp_path: Path) -> None
 def test_processes_wait_for_the_slowest_as_long_as_preparing_takes(checkpoint: Checkpoint) -> None:
     handler = loop.make_accelerator(Train(), checkpoint).init_handler
     assert handler is not None and handler.timeout == PATIENCE
+
+
+def test_nccl_timeout_is_how_long_processes_wait(checkpoint: Checkpoint) -> None:
+    options = Train(training=TrainingOptions(nccl_timeout=1800))
+    handler = loop.make_accelerator(options, checkpoint).init_handler
+    assert handler is not None and handler.timeout == datetime.timedelta(minutes=30)
+
+
+def test_the_objective_that_is_asked_for_is_what_is_minimised_and_shown(
+    train, tmp_path: Path, tiny_model: Path, prepared: PreparedSet, entries: list[Entry]
+) -> None:
+    """The first step's loss, of a model whose adapter is still zero, from the formulas; a change of it is told."""
+    run = tmp_path / "run"
+    flags = ["--timestep_sampling", "logit_normal", "--logit_mean", "-0.5", "--logit_std", "1.5", "--seed", "7"]
+    flags += ["--stratified_timesteps", "--gradient_accumulation_steps", "2", "--caption_dropout", "0"]
+    assert train(run, "--max_train_steps", "1", *flags, "--snr_gamma", "0.5")[0] == 0
+    transformer = CogVideoXTransformer3DModel.from_pretrained(tiny_model, subfolder="transformer")
+    scheduler = CogVideoXDDIMScheduler.from_pretrained(tiny_model, subfolder="scheduler")
+    pipeline = CogVideoXPipeline.from_pretrained(tiny_model)
+    rotary = pipeline._prepare_rotary_positional_embeddings(64, 96, 5, torch.device("cpu"))
+    step = Sampler([entry.bucket for entry in entries], 2, num_micro_batches=2, seed=7).epoch(0)[0]
+    empty = prepared.read_settings()["empty_prompt"]
+    clips = PreparedClips(prepared, entries, empty, seed=7, caption_dropout=0.0, stratified_timesteps=True)
+    losses = []
+    for batch in clips[Position(), step].batches:
+        latents = batch.raw_latents * pipeline.vae.config.scaling_factor
+        places = torch.sigmoid(-0.5 + 1.5 * torch.special.ndtri(batch.timestep_quantiles.double()))
+        timesteps = (places * 1000).long()
+        with torch.no_grad():
+            velocity = transformer(
+                hidden_states=scheduler.add_noise(latents, batch.noise, timesteps),
+                encoder_hidden_states=batch.prompt_embeds,
+                timestep=timesteps,
+                image_rotary_emb=rotary,
+            ).sample
+        snr = compute_snr(scheduler, timesteps)
+        error = (velocity - scheduler.get_velocity(latents, batch.noise, timesteps)).square().flatten(1).mean(1)
+        losses.append(error * snr.clamp(max=0.5) / (snr + 1))
+    (line,) = read_metrics(run / "metrics.jsonl")
+    assert line["loss"] == pytest.approx(torch.cat(losses).mean().item(), rel=1e-5)
+    resumed = ("--max_train_steps", "2", "--resume_from_checkpoint", "latest", "--snr_gamma", "5")
+    code, messages = train(run, *flags, *resumed)
+    assert code == 0 and "another --snr_gamma than before" in messages
 
 
 def part_of(prepared: PreparedSet, entries: list[Entry], folder: Path) -> Path:

@@ -16,15 +16,16 @@ from diffusers import (
     CogVideoXPipeline,
     CogVideoXTransformer3DModel,
 )
+from diffusers.training_utils import compute_snr
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cogvideox_factory.config import ConditioningOptions, ModelOptions
+from cogvideox_factory.config import ConditioningOptions, ModelOptions, ObjectiveOptions
 from cogvideox_factory.data.loader import Batch
 from cogvideox_factory.demo.tiny_model import build_tiny_pipeline
 from cogvideox_factory.model.denoiser import Denoiser, load_scheduler, load_transformer
 from cogvideox_factory.model.family import Checkpoint, open_checkpoint, with_conditioning
-from cogvideox_factory.training.objective import timesteps_from_quantiles, velocity_loss
+from cogvideox_factory.training.objective import min_snr_weights, timesteps_from_quantiles, velocity_loss
 
 CPU = torch.device("cpu")
 MODEL_1_5: dict[str, Any] = {"patch_size_t": 2, "patch_bias": False, "sample_height": 20, "sample_width": 24}
@@ -81,9 +82,11 @@ def part_of(batch: Batch, *indices: int) -> Batch:
 
 
 @torch.no_grad()
-def loss_of(checkpoint: Checkpoint, batch: Batch, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+def loss_of(
+    checkpoint: Checkpoint, batch: Batch, dtype: torch.dtype = torch.float32, **options: ObjectiveOptions
+) -> torch.Tensor:
     transformer = load_transformer(checkpoint, dtype)
-    return velocity_loss(transformer, Denoiser(checkpoint, dtype), load_scheduler(checkpoint), batch)
+    return velocity_loss(transformer, Denoiser(checkpoint, dtype), load_scheduler(checkpoint), batch, **options)
 
 
 def test_image_to_video_sees_its_image(member: Callable[[str], Path]) -> None:
@@ -175,6 +178,72 @@ def test_timesteps_stay_inside_the_schedule(quantile: float, count: int) -> None
 def test_the_ends_of_the_quantiles_are_the_ends_of_the_schedule() -> None:
     below_one = torch.nextafter(torch.tensor(1.0), torch.tensor(0.0))
     assert timesteps_from_quantiles(torch.stack([torch.tensor(0.0), below_one]), 1000).tolist() == [0, 999]
+
+
+@pytest.mark.parametrize(("mean", "std"), [(0.0, 1.0), (-0.8, 0.5), (1.2, 1.7)])
+def test_logit_normal_timesteps_follow_the_analytic_distribution(mean: float, std: float) -> None:
+    """The share of timesteps below t is Φ((logit(t / T) − m) / s)."""
+    objective = ObjectiveOptions(timestep_sampling="logit_normal", logit_mean=mean, logit_std=std)
+    quantiles = (torch.arange(200_000, dtype=torch.float64) + 0.5) / 200_000
+    timesteps = timesteps_from_quantiles(quantiles.float(), 1000, objective)
+    assert timesteps.dtype == torch.int64
+    below = torch.bincount(timesteps, minlength=1000).cumsum(0)[:-1].double() / 200_000
+    places = torch.arange(1, 1000, dtype=torch.float64) / 1000
+    expected = torch.special.ndtr((torch.logit(places) - mean) / std)
+    assert (below - expected).abs().max() < 2e-5
+    assert (below - places).abs().max() > 0.1  # and is not uniform
+
+
+@given(
+    quantile=st.floats(0, 1, width=32), mean=st.floats(-20, 20), std=st.floats(1e-3, 1e3), count=st.integers(1, 5000)
+)
+def test_logit_normal_timesteps_stay_inside_the_schedule(quantile: float, mean: float, std: float, count: int) -> None:
+    objective = ObjectiveOptions(timestep_sampling="logit_normal", logit_mean=mean, logit_std=std)
+    (timestep,) = timesteps_from_quantiles(torch.tensor([quantile]), count, objective).tolist()
+    assert 0 <= timestep < count
+
+
+def test_more_noise_with_a_higher_mean() -> None:
+    low, high = (ObjectiveOptions(timestep_sampling="logit_normal", logit_mean=mean) for mean in (-1.0, 1.0))
+    middle = torch.tensor([0.5])
+    assert timesteps_from_quantiles(middle, 1000, low).tolist() == [268]  # sigmoid(−1) = 0.2689
+    assert timesteps_from_quantiles(middle, 1000, high).tolist() == [731]
+
+
+# --- weights ---
+
+
+@pytest.mark.parametrize("snr_shift_scale", [1.0, 3.0])
+@pytest.mark.parametrize("gamma", [5.0, 0.5])
+def test_min_snr_weights_are_those_of_diffusers(build: Build, snr_shift_scale: float, gamma: float) -> None:
+    """min(SNR, γ) / (SNR + 1), as diffusers' training scripts weigh v-prediction, with its compute_snr."""
+    scheduler = CogVideoXDDIMScheduler.from_pretrained(build(snr_shift_scale=snr_shift_scale).folder / "scheduler")
+    timesteps = torch.arange(1000)
+    snr = compute_snr(scheduler, timesteps).double()
+    weights = min_snr_weights(scheduler, timesteps, gamma)
+    expected = snr.clamp(max=gamma) / (snr + 1)
+    torch.testing.assert_close(weights.double(), expected, rtol=1e-4, atol=1e-7)
+    assert weights.dtype == torch.float32
+    assert weights[999] == 0 and weights[998] > 0  # the last timestep has no signal
+    assert weights.max() < 1
+
+
+def test_min_snr_weights_are_finite_without_noise_and_without_signal() -> None:
+    class Schedule:
+        alphas_cumprod = torch.tensor([1.0, 0.5, 0.0])
+
+    weights = min_snr_weights(Schedule(), torch.tensor([0, 1, 2]), 5.0)
+    assert weights.tolist() == [0.0, 0.5, 0.0]
+
+
+def test_snr_gamma_weighs_the_loss_of_each_clip(build: Build) -> None:
+    checkpoint = build()
+    batch = make_batch([0.0505, 0.5005, 0.9995])
+    scheduler = load_scheduler(checkpoint)
+    weighted = loss_of(checkpoint, batch, objective=ObjectiveOptions(snr_gamma=5.0))
+    expected = loss_of(checkpoint, batch) * min_snr_weights(scheduler, torch.tensor([50, 500, 999]), 5.0)
+    torch.testing.assert_close(weighted, expected)
+    assert weighted[2] == 0 and weighted[0] != weighted[1]
 
 
 # --- the loss ---

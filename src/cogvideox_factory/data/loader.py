@@ -4,12 +4,15 @@ Noise, timestep, caption dropout and the draw from the latent distribution come 
 epoch, clip). They are therefore the same for any batch size, number of processes and number of workers, and a run
 that is resumed draws what it would have drawn. Rejected: one generator a process, whose state would have to be
 saved, and whose numbers change with the number of processes.
+
+Stratified timesteps are the exception that is asked for: they depend on which clips share an optimizer step, though
+still not on how that step is cut into batches and shared out.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -26,7 +29,7 @@ class Batch:
 
     raw_latents: torch.Tensor  # (B, F, C, H, W) fp32, in the VAE's own scale, drawn from its distribution
     noise: torch.Tensor  # (B, F', C, H, W) fp32; F' is F rounded up to what the model takes
-    timestep_quantiles: torch.Tensor  # (B,) fp32 in [0, 1): which part of the timesteps' distribution
+    timestep_quantiles: torch.Tensor  # (B,) fp32 in [0, 1]: which part of the timesteps' distribution
     prompt_embeds: torch.Tensor  # (B, L, D)
     share: float  # of the clips of this optimizer step, over all ranks
     raw_image_latents: torch.Tensor | None = None  # (B, C, H, W) fp32, image-to-video only: the noised first frame
@@ -60,8 +63,11 @@ class StepBatches:
 
 def clip_generator(seed: int, epoch: int, key: str) -> torch.Generator:
     """The source of all random numbers of a clip in an epoch."""
-    digest = hashlib.sha256(f"{seed}/{epoch}/{key}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big", signed=True))
+    return torch.Generator().manual_seed(int.from_bytes(_digest(seed, epoch, key)[:8], "big", signed=True))
+
+
+def _digest(*parts: object) -> bytes:
+    return hashlib.sha256("/".join(map(str, parts)).encode()).digest()
 
 
 class PreparedClips(Dataset):
@@ -78,6 +84,7 @@ class PreparedClips(Dataset):
         latent_frame_multiple: int = 1,
         noised_image_dropout: float | None = None,
         rank: int = 0,
+        stratified_timesteps: bool = False,
     ):
         """`noised_image_dropout` is the share of clips that are shown without their image; None: there are none."""
         self.prepared = prepared
@@ -88,20 +95,37 @@ class PreparedClips(Dataset):
         self.latent_frame_multiple = latent_frame_multiple
         self.noised_image_dropout = noised_image_dropout
         self.rank = rank
+        self.stratified_timesteps = stratified_timesteps
 
     def __getitem__(self, item: tuple[Position, list[list[list[int]]]]) -> StepBatches:
         position, step = item
         num_clips = sum(len(share) for micro_batch in step for share in micro_batch)
         batches = [self._batch(shares, position.epoch, num_clips) for shares in step]
+        if self.stratified_timesteps:
+            strata = self._strata(step, position.epoch)
+            batches = [
+                replace(batch, timestep_quantiles=_within_strata(batch.timestep_quantiles, strata, self._shown(shares)))
+                for batch, shares in zip(batches, step, strict=True)
+            ]
         return StepBatches(position, batches, num_clips)
 
     def _batch(self, shares: Sequence[Sequence[int]], epoch: int, num_clips: int) -> Batch:
-        indices = shares[self.rank]
-        # A rank without a share takes part with weight zero, because the others wait for its gradients.
-        shown = indices or shares[0][:1]
-        clips = [self._clip(self.entries[index], epoch) for index in shown]
+        clips = [self._clip(self.entries[index], epoch) for index in self._shown(shares)]
         tensors = {name: torch.stack([clip[name] for clip in clips]) for name in clips[0]}
-        return Batch(**tensors, share=len(indices) / num_clips)
+        return Batch(**tensors, share=len(shares[self.rank]) / num_clips)
+
+    def _shown(self, shares: Sequence[Sequence[int]]) -> Sequence[int]:
+        """Clips of this rank; one without a share takes part with weight zero, as the others wait for its gradients."""
+        return shares[self.rank] or shares[0][:1]
+
+    def _strata(self, step: Sequence[Sequence[Sequence[int]]], epoch: int) -> dict[int, int]:
+        """Which of the equal parts of [0, 1) each clip of an optimizer step gets: each another, drawn at random.
+
+        A clip's place is that of its hash among the hashes of the step, whatever batch and rank it came in.
+        """
+        indices = {index for micro_batch in step for share in micro_batch for index in share}
+        in_order = sorted(indices, key=lambda index: _digest(self.seed, epoch, self.entries[index].key, "stratum"))
+        return {index: stratum for stratum, index in enumerate(in_order)}
 
     def _clip(self, entry: Entry, epoch: int) -> dict[str, torch.Tensor]:
         """Tensors of a clip, by their names in Batch."""
@@ -131,6 +155,12 @@ class PreparedClips(Dataset):
 def _draw(mean: torch.Tensor, logvar: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """A sample, in fp32, of the VAE's latent distribution."""
     return mean.float() + torch.exp(0.5 * logvar.float()) * torch.randn(mean.shape, generator=generator)
+
+
+def _within_strata(uniform: torch.Tensor, strata: Mapping[int, int], indices: Sequence[int]) -> torch.Tensor:
+    """Numbers in [0, 1), (B,), moved into the strata of their clips."""
+    stratum = torch.tensor([strata[index] for index in indices], dtype=torch.float64)
+    return ((stratum + uniform) / len(strata)).to(uniform.dtype)
 
 
 def load_steps(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import datetime
 import logging
 import math
 import time
@@ -150,6 +151,7 @@ def train_steps(
         latent_frame_multiple=checkpoint.latent_frame_multiple,
         noised_image_dropout=training.noised_image_dropout if checkpoint.is_image_to_video else None,
         rank=accelerator.process_index,
+        stratified_timesteps=options.objective.stratified_timesteps,
     )
     steps = load_steps(
         clips,
@@ -246,11 +248,13 @@ def make_accelerator(options: Train, checkpoint: Checkpoint) -> Accelerator:
     if is_cpu and precision == "fp16":
         raise UserError("--mixed_precision fp16: needs a GPU; on a CPU take no or bf16")
     torch.backends.cuda.matmul.allow_tf32 = options.training.allow_tf32
+    seconds = options.training.nccl_timeout
+    timeout = PATIENCE if seconds is None else datetime.timedelta(seconds=seconds)
     weights_are_fp16 = not is_cpu and checkpoint.dtype_for(precision, torch.device("cuda")) == torch.float16
     return Accelerator(
         cpu=is_cpu,
         mixed_precision="fp16" if weights_are_fp16 else "no",  # fp16 gradients need a loss scaler, bf16 none
-        kwargs_handlers=[AutocastKwargs(enabled=False), InitProcessGroupKwargs(timeout=PATIENCE)],
+        kwargs_handlers=[AutocastKwargs(enabled=False), InitProcessGroupKwargs(timeout=timeout)],
     )
 
 
@@ -304,7 +308,8 @@ def optimizer_step(
     parameters: list[torch.nn.Parameter],
     options: Train,
 ) -> tuple[float, float]:
-    """One update from the clips of a step; their mean loss and the gradient's norm before clipping.
+    """One update from the clips of a step; the loss that it minimises, a mean over them, and the gradient's norm
+    before clipping.
 
     Every clip of the step weighs the same, whatever batch and rank it came in.
     """
@@ -313,7 +318,7 @@ def optimizer_step(
         is_last = index + 1 == len(step.batches)
         # Engines average gradients over ranks, once, after the last batch.
         with contextlib.nullcontext() if is_last else accelerator.no_sync(model):
-            losses = velocity_loss(model, denoiser, scheduler, batch.to(accelerator.device))
+            losses = velocity_loss(model, denoiser, scheduler, batch.to(accelerator.device), options.objective)
             loss = losses.mean() * batch.share
             accelerator.backward(loss * accelerator.num_processes)
         total += loss.detach()

@@ -68,7 +68,7 @@ def new_state(options: Train, checkpoint: Checkpoint, entries: Sequence[Entry], 
             "--target_modules": sorted(options.lora.target_modules),
             **{f"--{name}": value for name, value in dataclasses.asdict(options.conditioning).items()},
         },
-        optimizer_options=dataclasses.asdict(options.optimizer),
+        optimizer_options={**dataclasses.asdict(options.optimizer), **dataclasses.asdict(options.objective)},
         order={"clips": hash_of([entry.key for entry in entries]), "seed": sampler.seed},
         layout=sampler.layout,
     )
