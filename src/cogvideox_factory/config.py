@@ -391,6 +391,21 @@ class ValidationOptions:
 
 
 @option_group
+class HeldOutOptions:
+    """The loss on clips that are not trained on, which tells learning from memorising."""
+
+    validation_fraction: Annotated[float, Within(0, 1, includes_high=False)] = 0.0
+    """Share of the videos to hold out of the training. All excerpts and copies of a video fall on the same side, and
+    stay there when others are added. Default: none."""
+    validation_data_root: PathOption = None
+    """A second data set to hold out instead, read as --data_root is: raw clips, or with --load_tensors a prepared
+    set."""
+    validation_loss_steps: Count = None
+    """Measure the loss on the held-out clips every so many optimizer steps, besides before the first and after the
+    last. Default: --checkpointing_steps, so that every checkpoint has its value."""
+
+
+@option_group
 class Demo:
     """Show the whole chain on a CPU in minutes, on a tiny model of random weights and a few rendered clips.
 
@@ -465,6 +480,7 @@ class Train:
     objective: ObjectiveOptions = field(default_factory=ObjectiveOptions)
     optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
     validation: ValidationOptions = field(default_factory=ValidationOptions)
+    held_out: HeldOutOptions = field(default_factory=HeldOutOptions)
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
     output_dir: PathOption = None
     """Folder of the run."""

@@ -15,6 +15,7 @@ import math
 import os
 import re
 from collections import Counter
+from collections.abc import Sequence
 from datetime import timedelta
 from html import escape
 from pathlib import Path
@@ -61,13 +62,14 @@ def _page(run: Path) -> str:
     notes: list[str] = []  # what could not be read; shown among the problems
     config = _read_config(run / "config.yaml")
     metrics = _read_lines(run / "metrics.jsonl", notes)
+    held_out = _read_lines(run / "validation_loss.jsonl", notes)
     is_prepared_elsewhere = config.get("load_tensors") is True and config.get("data_root")
     prepared = Path(str(config["data_root"])) if is_prepared_elsewhere else run / "prepared"
     preparation = _read_json(prepared / "report.json", dict, notes) or {}
     name = _text(run.resolve().name)
     sections = [
         _samples_section(_read_samples(run / "validation", notes), config.get("validation_prompt")),
-        _curves_section(metrics),
+        _curves_section(metrics, held_out),
         _memory_section(_read_json(run / "memory.json", dict, notes) or {}),
         _clips_section(_read_lines(prepared / "index.jsonl", notes), preparation, prepared),
         _problems_section(preparation.get("skipped"), notes),
@@ -89,7 +91,7 @@ def _page(run: Path) -> str:
 <header>
 <p class="quiet">CogVideoX Factory · training run</p>
 <h1>{name}</h1>
-{_summary(config, metrics)}
+{_summary(config, metrics, held_out)}
 </header>
 <main>
 {"".join(sections)}</main>
@@ -213,7 +215,7 @@ def _short_name(model: str) -> str:
     return "/".join(path.parts[-2:]) if path.is_absolute() else model
 
 
-def _summary(config: dict[str, Any], metrics: list[dict[str, Any]]) -> str:
+def _summary(config: dict[str, Any], metrics: list[dict[str, Any]], held_out: list[dict[str, Any]]) -> str:
     last = metrics[-1] if metrics else {}
     loss, step, planned_steps = last.get("loss"), last.get("step", 0), config.get("max_train_steps")
     seconds = sum(_finite(entry.get("step_seconds")) or 0 for entry in metrics)
@@ -224,11 +226,20 @@ def _summary(config: dict[str, Any], metrics: list[dict[str, Any]]) -> str:
         "Steps": f"{step} of {planned_steps}" if planned_steps else step,
         "Samples seen": last.get("samples_seen", 0),
         "Last loss": _number(loss) if isinstance(loss, int | float) else "none yet",
+        **_held_out_facts(held_out),
         "Training time": timedelta(seconds=round(seconds)),
         "Version": config.get("version", "unknown"),
     }
     items = "".join(f"<div><dt>{label}</dt><dd>{_text(value)}</dd></div>\n" for label, value in facts.items())
     return f'<dl class="facts">\n{items}</dl>'
+
+
+def _held_out_facts(held_out: list[dict[str, Any]]) -> dict[str, str]:
+    points = _points(held_out, "loss")
+    if not points:
+        return {}
+    (_, last), (step, best) = points[-1], min(points, key=lambda point: point[1])
+    return {"Held-out loss": f"{_number(last)}, best {_number(best)} at step {step:.0f}"}
 
 
 def _samples_section(samples: dict[SampleKey, VideosByStep], planned_prompt: Any) -> str:
@@ -265,26 +276,45 @@ def _figure(videos: VideosByStep, step: int | None) -> str:
     return f"\n<figure>{video}<figcaption>{label}</figcaption></figure>"
 
 
-def _curves_section(metrics: list[dict[str, Any]]) -> str:
+def _points(entries: list[dict[str, Any]], key: str) -> Points:
+    """What can be drawn of a value over the steps."""
+    pairs = [(_finite(entry.get("step")), _finite(entry.get(key))) for entry in entries]
+    return [(step, value) for step, value in pairs if step is not None and value is not None]
+
+
+def _curves_section(metrics: list[dict[str, Any]], held_out: list[dict[str, Any]]) -> str:
     if not metrics:
         return _section("Training", _quiet("No step has been finished yet."))
     small = _chart(metrics, "lr", "Learning rate", is_noisy=False) + _chart(metrics, "grad_norm", "Gradient norm")
-    legend = _quiet("A dot is a step, a line the running mean.")
-    return _section("Training", legend, _chart(metrics, "loss", "Loss"), f'<div class="pair">{small}</div>')
+    measured = _points(held_out, "loss")
+    legend = "A dot is a step, a line the running mean."
+    if measured:
+        legend += " The other line is the loss on clips that are held out, at noise levels of its own."
+    loss = _chart(metrics, "loss", "Loss", second=measured)
+    return _section("Training", _quiet(legend), loss, f'<div class="pair">{small}</div>')
 
 
-def _chart(metrics: list[dict[str, Any]], key: str, title: str, is_noisy: bool = True) -> str:
-    """A chart over the steps. Its lines stretch to any width; its texts, outside of them, keep their size."""
-    pairs = [(_finite(entry.get("step")), _finite(entry.get(key))) for entry in metrics]
-    points = [(step, value) for step, value in pairs if step is not None and value is not None]
-    gaps = len(pairs) - len(points)
+def _chart(
+    metrics: list[dict[str, Any]],
+    key: str,
+    title: str,
+    is_noisy: bool = True,
+    second: Sequence[tuple[float, float]] = (),
+) -> str:
+    """A chart over the steps. Its lines stretch to any width; its texts, outside of them, keep their size.
+
+    `second` is another curve in it.
+    """
+    points = _points(metrics, key)
+    gaps = len(metrics) - len(points)
     remark = f" <small>steps without a finite value: {gaps}</small>" if gaps else ""
     caption = f"<figcaption>{title}{remark}</figcaption>"
     if not points:
         return f"<figure>{caption}</figure>\n"
 
-    last_step = max(1.0, points[-1][0])
-    values = [value for _, value in points]
+    drawn = [*points, *second]
+    last_step = max(1.0, *(step for step, _ in drawn))
+    values = [value for _, value in drawn]
     ticks = _round_ticks(min(values), max(values))
 
     def across(step: float) -> str:
@@ -307,10 +337,13 @@ def _chart(metrics: list[dict[str, Any]], key: str, title: str, is_noisy: bool =
     ]
     dots = "".join(f"M{place}h.01" for place in places(points)) if is_noisy or len(points) == 1 else ""
     line = "M" + "L".join(places(_smoothed(points) if is_noisy else points))
+    other = places([*second]) if second else []
+    other_line = f'<path class="held-out" d="M{"L".join(other)}"/>' if other else ""
+    other_dots = f'<path class="held-out dots" d="{"".join(f"M{place}h.01" for place in other)}"/>' if other else ""
     return f"""<figure class="chart {key}">{caption}
 <svg role="img" aria-label="{title} by step">{"".join(axes)}
 <svg viewBox="0 0 100 100" preserveAspectRatio="none" width="100%" height="100%">
-<path class="dots" d="{dots}"/><path class="line" d="{line}"/></svg></svg></figure>
+<path class="dots" d="{dots}"/><path class="line" d="{line}"/>{other_line}{other_dots}</svg></svg></figure>
 """
 
 
@@ -425,6 +458,8 @@ path { fill: none; vector-effect: non-scaling-stroke; stroke: var(--accent); str
   stroke-linejoin: round; }
 .line { stroke-width: 2; }
 .dots { stroke-width: 4; stroke-opacity: .3; }
+.held-out { stroke: var(--warning); stroke-width: 2; }
+.held-out.dots { stroke-width: 6; stroke-opacity: 1; }
 .bars dt { margin-top: .7rem; }
 .bars dd { display: grid; grid-template-columns: 1fr 9rem; gap: 1rem; align-items: center;
   font-size: .85rem; }

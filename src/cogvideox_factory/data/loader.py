@@ -61,6 +61,9 @@ class StepBatches:
         return replace(self, batches=[batch.pin_memory() for batch in self.batches])
 
 
+FIXED = -1  # stands for the seed where numbers must be the same in every run; no seed of a user is negative
+
+
 def clip_generator(seed: int, epoch: int, key: str) -> torch.Generator:
     """The source of all random numbers of a clip in an epoch."""
     return torch.Generator().manual_seed(int.from_bytes(_digest(seed, epoch, key)[:8], "big", signed=True))
@@ -110,9 +113,17 @@ class PreparedClips(Dataset):
         return StepBatches(position, batches, num_clips)
 
     def _batch(self, shares: Sequence[Sequence[int]], epoch: int, num_clips: int) -> Batch:
-        clips = [self._clip(self.entries[index], epoch) for index in self._shown(shares)]
-        tensors = {name: torch.stack([clip[name] for clip in clips]) for name in clips[0]}
-        return Batch(**tensors, share=len(shares[self.rank]) / num_clips)
+        entries = [self.entries[index] for index in self._shown(shares)]
+        clips = [self._clip(entry, clip_generator(self.seed, epoch, entry.key)) for entry in entries]
+        return _stacked(clips, share=len(shares[self.rank]) / num_clips)
+
+    def fixed_batch(self, indices: Sequence[int], draw: int, num_draws: int) -> Batch:
+        """Clips of one bucket as an evaluation sees them: draw `draw` of `num_draws` gives them the same numbers
+        whenever and in whatever batch, and the middle of that part of the timesteps."""
+        entries = [self.entries[index] for index in indices]
+        clips = [self._clip(entry, clip_generator(FIXED, draw, entry.key)) for entry in entries]
+        batch = _stacked(clips, share=1.0)
+        return replace(batch, timestep_quantiles=torch.full_like(batch.timestep_quantiles, (draw + 0.5) / num_draws))
 
     def _shown(self, shares: Sequence[Sequence[int]]) -> Sequence[int]:
         """Clips of this rank; one without a share takes part with weight zero, as the others wait for its gradients."""
@@ -127,9 +138,8 @@ class PreparedClips(Dataset):
         in_order = sorted(indices, key=lambda index: _digest(self.seed, epoch, self.entries[index].key, "stratum"))
         return {index: stratum for stratum, index in enumerate(in_order)}
 
-    def _clip(self, entry: Entry, epoch: int) -> dict[str, torch.Tensor]:
+    def _clip(self, entry: Entry, generator: torch.Generator) -> dict[str, torch.Tensor]:
         """Tensors of a clip, by their names in Batch."""
-        generator = clip_generator(self.seed, epoch, entry.key)
         quantile, caption_draw, view_draw = torch.rand(3, generator=generator)
         view = int(view_draw * len(entry.files["latents"]))
         latents = self.prepared.read_tensors(entry.files["latents"][view])  # (C, F, H, W) each
@@ -155,6 +165,11 @@ class PreparedClips(Dataset):
 def _draw(mean: torch.Tensor, logvar: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """A sample, in fp32, of the VAE's latent distribution."""
     return mean.float() + torch.exp(0.5 * logvar.float()) * torch.randn(mean.shape, generator=generator)
+
+
+def _stacked(clips: Sequence[Mapping[str, torch.Tensor]], share: float) -> Batch:
+    tensors = {name: torch.stack([clip[name] for clip in clips]) for name in clips[0]}
+    return Batch(**tensors, share=share)
 
 
 def _within_strata(uniform: torch.Tensor, strata: Mapping[int, int], indices: Sequence[int]) -> torch.Tensor:

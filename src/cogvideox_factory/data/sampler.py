@@ -54,6 +54,11 @@ class Position:
         """The epoch that ended just before, if one did."""
         return self.epoch - 1 if self.epoch and not self.step and not self.earlier else None
 
+    @property
+    def last_epoch(self) -> int:
+        """The epoch of the step before; of the first one, where there is none."""
+        return self.epoch if self.ended_epoch is None else self.ended_epoch
+
 
 # One optimizer step: its micro-batches, each with the indices of the clips that every rank takes.
 Step = list[list[list[int]]]

@@ -23,6 +23,7 @@ from cogvideox_factory.data.buckets import Bucket
 from cogvideox_factory.data.clips import read_clips
 from cogvideox_factory.data.loader import PreparedClips, StepBatches, load_steps
 from cogvideox_factory.data.sampler import Sampler
+from cogvideox_factory.data.split import num_videos, overlap, split_entries
 from cogvideox_factory.data.store import Entry, PreparedSet
 from cogvideox_factory.model.adapters import LORA_FILE, attach_lora, save_lora, trainable_parameters
 from cogvideox_factory.model.denoiser import Denoiser, load_scheduler, load_transformer
@@ -34,11 +35,18 @@ from cogvideox_factory.resolve import check_positions
 from cogvideox_factory.run_folder import set_aside_after
 from cogvideox_factory.stopping import Stopped, StopRequest, stop_requests
 from cogvideox_factory.training.checkpoint import TrainState, save_checkpoint
+from cogvideox_factory.training.held_out import HeldOutLoss
 from cogvideox_factory.training.metrics import MemoryMeter, MetricsLog
 from cogvideox_factory.training.objective import velocity_loss
 from cogvideox_factory.training.optimizers import build_optimizer, check_optimizer, clip_gradients, effective_rate
 from cogvideox_factory.training.resuming import resume, schedule_at
-from cogvideox_factory.training.run_options import claim_run_folder, resolve_options, without_resume
+from cogvideox_factory.training.run_options import (
+    claim_run_folder,
+    held_out_options,
+    naming_the_second_set,
+    resolve_options,
+    without_resume,
+)
 from cogvideox_factory.training.validation import Validation
 
 logger = logging.getLogger(__name__)
@@ -65,8 +73,12 @@ def train(options: Train) -> Path:
     accelerator = make_accelerator(options, checkpoint)
     check_optimizer(options.optimizer, accelerator)
     device = accelerator.device
+    second_set = held_out_options(options)
     if not options.training.load_tensors:
         read_clips(options.data)  # what is wrong with the data set as a whole is said before a folder is made
+        if second_set:
+            with naming_the_second_set():
+                read_clips(second_set.data)
     if accelerator.is_main_process:
         claim_run_folder(run, options)
     accelerator.wait_for_everyone()
@@ -74,14 +86,16 @@ def train(options: Train) -> Path:
     with stop_requests() as stop:
         # Data first: the encoders have left the memory before the transformer comes.
         data = prepare_data(options, checkpoint, accelerator, stop)
-        check_positions(checkpoint, {entry.bucket for entry in data.entries})
+        data, held_out_data = hold_out(options, second_set, data, checkpoint, accelerator, stop)
+        every_clip = [*data.entries, *(held_out_data.entries if held_out_data else ())]
+        check_positions(checkpoint, {entry.bucket for entry in every_clip})
         validation = Validation(run, options, checkpoint, most_frequent_bucket(data.entries), stop)
         with accelerator.main_process_first():
             validation.encode_prompts(device)
             validation.keep_images(data.prepared, data.entries, device)
         options = dataclasses.replace(options, sampling=validation.sampling)
         memory = MemoryMeter(device, run / "memory.json")
-        state = train_steps(options, checkpoint, accelerator, data, validation, memory, stop)
+        state = train_steps(options, checkpoint, accelerator, data, held_out_data, validation, memory, stop)
 
         # What was learned is now tested as others will use it: from the saved file, by stock diffusers.
         accelerator.free_memory()
@@ -102,6 +116,7 @@ def train_steps(
     checkpoint: Checkpoint,
     accelerator: Accelerator,
     data: TrainingData,
+    held_out_data: TrainingData | None,
     validation: Validation,
     memory: MemoryMeter,
     stop: StopRequest,
@@ -129,7 +144,7 @@ def train_steps(
     steps_left = sampler.steps_left(state.position, training.num_train_epochs)
     num_steps = training.max_train_steps or state.step + steps_left
     schedule = schedule_at(state.step, raw_optimizer, options.optimizer, num_steps)
-    describe(checkpoint, options, data, parameters, num_steps, sampler, state)
+    describe(checkpoint, options, data, held_out_data, parameters, num_steps, sampler, state)
     if state.step >= num_steps:
         logger.info("nothing left to train: this run is finished")
         if accelerator.is_main_process and not (run / LORA_FILE).is_file():
@@ -153,6 +168,26 @@ def train_steps(
         rank=accelerator.process_index,
         stratified_timesteps=options.objective.stratified_timesteps,
     )
+    held_out: HeldOutLoss | None = None
+    if held_out_data:
+        held_out = HeldOutLoss(
+            run,
+            PreparedClips(
+                held_out_data.prepared,
+                held_out_data.entries,
+                held_out_data.empty_prompt,
+                seed=options.seed,
+                caption_dropout=0.0,
+                latent_frame_multiple=checkpoint.latent_frame_multiple,
+            ),
+            training.train_batch_size,
+            denoiser,
+            scheduler,
+            accelerator,
+            stop,
+            last_step=state.step,
+            every_steps=options.held_out.validation_loss_steps or training.checkpointing_steps,
+        )
     steps = load_steps(
         clips,
         sampler,
@@ -183,12 +218,14 @@ def train_steps(
 
     memory.record("memory_before_training", memory.current())
     validate_if_due()
+    if held_out and held_out.is_due_at_start(state.step, num_steps):
+        held_out.measure(model, state.step, state.position.last_epoch)
     transformer.train()
     memory.start_phase()
     saved_step = first_step
     is_silent = not accelerator.is_main_process
     bar = progress_bar(None, "Training", "step", num_steps, done=state.step, is_silent=is_silent)
-    with MetricsLog(run, state.step, accelerator) as log, bar:
+    with MetricsLog(run, state.step, accelerator) as log, held_out or contextlib.nullcontext(), bar:
         while state.step < num_steps and not stop.requested:
             started = time.perf_counter()
             step = next(steps)
@@ -223,6 +260,8 @@ def train_steps(
             if state.step % training.checkpointing_steps == 0 or state.step == num_steps:
                 save()
                 saved_step = state.step
+            if held_out and held_out.is_due(state.step, num_steps):  # what was saved is safe if this is killed
+                held_out.measure(model, state.step, step.position.epoch, is_last=state.step == num_steps)
             if state.step < num_steps:  # after the last step, what was saved is tested
                 validate_if_due()
     memory.record("memory_before_validation", memory.peak())
@@ -258,7 +297,9 @@ def make_accelerator(options: Train, checkpoint: Checkpoint) -> Accelerator:
     )
 
 
-def prepare_data(options: Train, checkpoint: Checkpoint, accelerator: Accelerator, stop: StopRequest) -> TrainingData:
+def prepare_data(
+    options: Train, checkpoint: Checkpoint, accelerator: Accelerator, stop: StopRequest, folder: str = "prepared"
+) -> TrainingData:
     """What to train on: the prepared set that the options name, or one made from their clips in the run's folder."""
     assert options.output_dir is not None and options.data.data_root is not None
     if options.training.load_tensors:
@@ -274,10 +315,39 @@ def prepare_data(options: Train, checkpoint: Checkpoint, accelerator: Accelerato
                 "`prepare` again, which makes what is missing"
             )
         return TrainingData(prepared, entries, empty_prompt)
-    prepared = PreparedSet(options.output_dir / "prepared")
+    prepared = PreparedSet(options.output_dir / folder)
     prepare(checkpoint, options.data, options.encoding, prepared, accelerator.device, stop)  # each process its part
     accelerator.wait_for_everyone()
     return TrainingData(prepared, prepared.read_index(), prepared.read_settings()["empty_prompt"])
+
+
+def hold_out(
+    options: Train,
+    second_set: Train | None,
+    data: TrainingData,
+    checkpoint: Checkpoint,
+    accelerator: Accelerator,
+    stop: StopRequest,
+) -> tuple[TrainingData, TrainingData | None]:
+    """What to train on, and what to measure the held-out loss on, if that is asked for.
+
+    `second_set` are the options as they would be if --validation_data_root were --data_root.
+    """
+    if second_set:
+        with naming_the_second_set():
+            held_out = prepare_data(second_set, checkpoint, accelerator, stop, "prepared-validation")
+        common = overlap(held_out.entries, data.entries)
+        if common:
+            logger.warning(
+                "--validation_data_root: %d of its %d clips are also trained on, such as %s; their loss tells nothing "
+                "of clips that are not",
+                *(len(common), len(held_out.entries), common[0].source),
+            )
+        return data, held_out
+    if options.held_out.validation_fraction:
+        trained, held = split_entries(data.entries, options.held_out.validation_fraction)
+        return dataclasses.replace(data, entries=trained), dataclasses.replace(data, entries=held)
+    return data, None
 
 
 def most_frequent_bucket(entries: list[Entry]) -> Bucket:
@@ -336,6 +406,7 @@ def describe(
     checkpoint: Checkpoint,
     options: Train,
     data: TrainingData,
+    held_out_data: TrainingData | None,
     parameters: list[torch.nn.Parameter],
     num_steps: int,
     sampler: Sampler,
@@ -352,4 +423,7 @@ def describe(
         f"{sum(parameter.numel() for parameter in parameters):,}",
     )
     logger.info("clips      %s (frames × height × width)", sizes)
+    if held_out_data:
+        of_videos = num_videos(held_out_data.entries), num_videos(data.entries)
+        logger.info("held out   %d clips of %d videos; %d are trained on", len(held_out_data.entries), *of_videos)
     logger.info("steps      %d, of which %d done; %d an epoch", num_steps, state.step, sampler.steps_per_epoch())

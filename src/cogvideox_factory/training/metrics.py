@@ -19,16 +19,17 @@ GIB = 1024**3
 class MetricsLog:
     """metrics.jsonl of a run: one line an optimizer step, no gap and no repeat, also after a resume.
 
-    Written by the first rank only.
+    Or another file of lines that have a step each. Written by the first rank only.
     """
 
-    def __init__(self, run: Path, last_step: int, accelerator: Accelerator):
+    def __init__(self, run: Path, last_step: int, accelerator: Accelerator, name: str = "metrics.jsonl"):
         """Lines after `last_step`, written by a run that died later than its checkpoint, are dropped."""
         self._file: TextIO | None = None
+        self.kept: list[dict[str, Any]] = []  # lines that stand already
         if accelerator.is_main_process:
-            path = run / "metrics.jsonl"
-            kept = [line for line in read_metrics(path) if line["step"] <= last_step]
-            write_durably(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+            path = run / name
+            self.kept = [line for line in read_metrics(path) if line["step"] <= last_step]
+            write_durably(path, "".join(json.dumps(line) + "\n" for line in self.kept).encode())
             self._file = path.open("a", encoding="utf-8")
 
     def __enter__(self) -> MetricsLog:

@@ -5,14 +5,15 @@ Rejected: filling in defaults where they are used; config.yaml would then not re
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from cogvideox_factory.config import DataOptions, Train, UserError
+from cogvideox_factory.config import DataOptions, HeldOutOptions, Train, UserError
 from cogvideox_factory.data.files import make_output_folder
 from cogvideox_factory.data.store import PreparedSet
 from cogvideox_factory.model.family import Checkpoint
@@ -43,6 +44,7 @@ def resolve_options(options: Train, checkpoint: Checkpoint) -> Train:
         if in_root:
             found = in_root if in_root.is_file() else Path(str(data.dataset_file)).absolute()
             data = dataclasses.replace(data, dataset_file=found)
+    held_out = resolve_held_out(options.held_out)
     model = options.model
     if checkpoint.is_local:
         model = dataclasses.replace(model, pretrained_model_name_or_path=str(checkpoint.folder.absolute()))
@@ -52,8 +54,47 @@ def resolve_options(options: Train, checkpoint: Checkpoint) -> Train:
         data=data,
         encoding=encoding,
         optimizer=resolve_optimizer_options(options.optimizer),
+        held_out=held_out,
         output_dir=options.output_dir.absolute(),
     )
+
+
+def resolve_held_out(held_out: HeldOutOptions) -> HeldOutOptions:
+    """Raises UserError for options that do not go together."""
+    root, fraction, steps = held_out.validation_data_root, held_out.validation_fraction, held_out.validation_loss_steps
+    if root and fraction:
+        raise UserError(
+            f"--validation_fraction {fraction:g} and --validation_data_root {root}: choose one, a share of --data_root "
+            "or a second data set"
+        )
+    if steps and not root and not fraction:
+        raise UserError(
+            f"--validation_loss_steps {steps}: needs clips that are held out; add --validation_fraction 0.1 or "
+            "--validation_data_root"
+        )
+    return dataclasses.replace(held_out, validation_data_root=root and root.absolute())
+
+
+def held_out_options(options: Train) -> Train | None:
+    """Resolved options as they would be if --validation_data_root were --data_root; None where there is none."""
+    root, dataset_file = options.held_out.validation_data_root, options.data.dataset_file
+    if root is None:
+        return None
+    if dataset_file:  # that of the same name in the second set, or none
+        found = root / dataset_file.name
+        dataset_file = found if found.is_file() else None
+    return dataclasses.replace(
+        options, data=dataclasses.replace(options.data, data_root=root, dataset_file=dataset_file)
+    )
+
+
+@contextlib.contextmanager
+def naming_the_second_set() -> Iterator[None]:
+    """Faults found inside are those of --validation_data_root, though what finds them knows --data_root only."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(str(error).replace("--data_root", "--validation_data_root")) from error
 
 
 def tell_ignored(options: Train, settings: Mapping[str, Any]) -> None:
