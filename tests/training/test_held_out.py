@@ -269,7 +269,8 @@ def test_other_held_out_clips_are_told_and_have_a_best_of_their_own(
         "held-out clips are not those of before" in told
         and best == f"held-out   {other:.4f} (best {other:.4f} at step 6)"
     )
-    assert [line["step"] for line in read_metrics(path)] == [2, 4, 6]
+    assert [line["step"] for line in read_metrics(path)] == [6]
+    assert [line["step"] for line in read_metrics(path.with_name(f"left-{FILE}"))] == [2, 4]
 
 
 def test_a_loss_that_is_no_number_is_null_in_the_file(
@@ -334,12 +335,12 @@ def test_a_stopped_and_resumed_run_has_the_very_values_of_one_never_stopped(
 
     monkeypatch.setattr(HeldOutLoss, "measure", measure_and_be_stopped)
     monkeypatch.setattr(MetricsLog, "write", write_and_be_stopped)
-    flags = (*flags, "--resume_from_checkpoint", "latest")
+    resumed = (*flags, "--resume_from_checkpoint", "latest")
     for known in ([0], [0, 2, 4]):
-        assert train(tmp_path / "parts", *flags)[0] == 75
+        assert train(tmp_path / "parts", *resumed)[0] == 75
         assert [line["step"] for line in read_metrics(tmp_path / "parts" / FILE)] == known
         stop_after = next(steps, 0)
-    assert train(tmp_path / "parts", *flags)[0] == 0
+    assert train(tmp_path / "parts", *resumed)[0] == 0
     assert (tmp_path / "parts" / FILE).read_bytes() == (tmp_path / "whole" / FILE).read_bytes()
     assert len(read_metrics(tmp_path / "parts/metrics.jsonl")) == 7
 
@@ -377,24 +378,26 @@ def test_measuring_changes_no_weight_and_another_fraction_is_told(
     code, messages = train(tmp_path / "run", *again)
     assert code == 0 and "clips differ from those of the checkpoint" in messages
     assert "held-out clips are not those of before" in messages
-    assert [line["step"] for line in read_metrics(tmp_path / "run" / FILE)] == [0, 1, 2, 3, 4]
+    assert [line["step"] for line in read_metrics(tmp_path / "run" / FILE)] == [3, 4]
+    assert [line["step"] for line in read_metrics(tmp_path / "run" / f"left-{FILE}")] == [0, 1, 2, 3]
 
 
 def test_a_second_set_of_raw_clips_is_prepared_beside_the_first(
     cli: Callable[..., tuple[int, str, str]], tiny_model: Path, clips: Path, tmp_path: Path
 ) -> None:
-    second = tmp_path / "second"
-    second.mkdir()
-    names = [line.strip() for line in (clips / "videos.txt").read_text().splitlines()][:2]
-    for number, name in enumerate(names):
-        shutil.copy(clips / name, second / f"other-{number}.mp4")
-        (second / f"other-{number}.txt").write_text(f"another caption {number}")
-    flags = ["train", "--pretrained_model_name_or_path", tiny_model, "--data_root", clips, "--output_dir"]
-    flags += [tmp_path / "run", "--rank", "4", "--max_train_steps", "1", "--validation_data_root", second]
+    names = [line.strip() for line in (clips / "videos.txt").read_text().splitlines()]
+    for folder, chosen in (("first", names[:2]), ("second", names[1:3])):
+        (tmp_path / folder).mkdir()
+        for number, name in enumerate(chosen):
+            shutil.copy(clips / name, tmp_path / folder / f"{folder}-{number}.mp4")
+            (tmp_path / folder / f"{folder}-{number}.txt").write_text(f"a caption of the {folder} set")
+    flags = ["train", "--pretrained_model_name_or_path", tiny_model, "--data_root", tmp_path / "first", "--output_dir"]
+    flags += [tmp_path / "run", "--rank", "4", "--max_train_steps", "1", "--validation_data_root", tmp_path / "second"]
     code, _, messages = cli(*flags)
     assert code == 0, messages
-    assert "2 of its 2 clips are also trained on, such as other-0.mp4" in messages
-    assert len(PreparedSet(tmp_path / "run/prepared-validation").read_index()) == 2
+    assert "1 of its 2 clips are also trained on, such as second-0.mp4" in messages
+    entries = PreparedSet(tmp_path / "run/prepared-validation").read_index()
+    assert [entry.caption for entry in entries] == ["a caption of the second set"] * 2
     assert [line["clips"] for line in read_metrics(tmp_path / "run" / FILE)] == [2, 2]
 
 

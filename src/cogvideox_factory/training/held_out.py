@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -26,7 +26,7 @@ from cogvideox_factory.data.loader import PreparedClips
 from cogvideox_factory.model.denoiser import Denoiser
 from cogvideox_factory.progress import progress_bar
 from cogvideox_factory.stopping import StopRequest
-from cogvideox_factory.training.metrics import MetricsLog
+from cogvideox_factory.training.metrics import MetricsLog, read_metrics
 from cogvideox_factory.training.objective import velocity_loss
 
 logger = logging.getLogger(__name__)
@@ -62,16 +62,17 @@ class HeldOutLoss:
         self.stop = stop
         self.every_steps = every_steps
         self.identity = hash_of(sorted(entry.key for entry in clips.entries))[:8]
-        self._log = MetricsLog(run, last_step or -1, accelerator, FILE)
-        self._lines: list[dict[str, Any]] = []  # those that can be compared with what is measured now
         if accelerator.is_main_process:
-            self._lines = [line for line in self._log.kept if line.get("held_out") == self.identity]
-            if len(self._lines) < len(self._log.kept):
-                logger.warning(
-                    "the held-out clips are not those of before: values of %s from here on cannot be compared with "
-                    "the earlier ones",
-                    FILE,
-                )
+            self._set_aside_other_clips(run / FILE)
+        self._log = MetricsLog(run, last_step or -1, accelerator, FILE)
+        self._lines = self._log.kept  # of the first rank; empty on the others
+
+    def _set_aside_other_clips(self, path: Path) -> None:
+        """Values of other clips cannot be compared with what is measured now: they are kept under another name."""
+        if any(line.get("held_out") != self.identity for line in read_metrics(path)):
+            kept_as = path.with_name(f"left-{path.name}")
+            os.replace(path, kept_as)
+            logger.warning("the held-out clips are not those of before: their values are kept in %s", kept_as.name)
 
     def __enter__(self) -> HeldOutLoss:
         return self
