@@ -367,6 +367,31 @@ def test_loss_is_drawn_raw_and_smoothed_between_round_ticks(run: Path) -> None:
     assert figure.all("svg")[0].attributes["aria-label"] == "Loss by step"
 
 
+def test_the_held_out_loss_is_a_second_curve_in_the_chart_of_the_loss(run: Path) -> None:
+    add_metrics(run, [0.8, 0.6, 0.4, 0.4])
+    lines = [{"step": step, "loss": loss} for step, loss in ((0, 1.0), (2, 0.5), (3, None), (4, 0.75))]
+    (run / "validation_loss.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = page_of(run)
+    figure = chart(page, "loss")
+    assert [text.text for text in figure.all("text")][:4] == ["0.4", "0.6", "0.8", "1"]  # both curves are on the axis
+    line, dots = figure.all("path", "held-out")
+    expected = [(0, 0), (50, 100 * 0.5 / 0.6), (100, 100 * 0.25 / 0.6)]
+    for path in (line, dots):
+        places = [place for place in numbers_of(path) if place != (0.01,)]
+        assert [pair[:2] for pair in places] == [pytest.approx(pair, abs=0.01) for pair in expected]
+    facts = {item.all("dt")[0].text: item.all("dd")[0].text for item in page.all("dl", "facts")[0].all("div")}
+    assert facts["Held-out loss"] == "0.75, best 0.5 at step 2"
+    assert "held out" in page.section("Training").text
+    assert not chart(page, "lr").all("path", "held-out")
+
+
+def test_without_held_out_clips_there_is_one_curve(run: Path) -> None:
+    add_metrics(run, [0.8, 0.6])
+    page = page_of(run)
+    assert not page.all("path", "held-out") and "eld-out" not in page.all("header")[0].text
+    assert "held out" not in page.section("Training").text
+
+
 def test_learning_rate_is_drawn_as_it_was(run: Path) -> None:
     add_metrics(run, [1.0] * 4)
     entries = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

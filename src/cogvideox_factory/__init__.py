@@ -11,6 +11,7 @@ A clip becomes latents once; a batch of latents becomes a loss. The map, in the 
     data/decoding.py    decode ahead, in processes of their own
     data/files.py       files that are complete or absent
     data/store.py       the prepared set on disk
+    data/split.py       which clips are held out of the training
     data/sampler.py     the order in which clips are drawn
     data/loader.py      prepared clips → Batch
     model/device.py     the device that works
@@ -22,7 +23,8 @@ A clip becomes latents once; a batch of latents becomes a loss. The map, in the 
     prepare.py          data + encoders → prepared set
     inspection.py       a data set as training would see it, with its problems
     sampling.py         videos from a pipeline in memory
-    training/           objective, optimizers, checkpoint, metrics, and the loop that one reads top-down
+    training/           objective, held-out loss, optimizers, checkpoint, metrics, and the loop that one reads
+                        top-down
     report.py           run folder → report.html
     run_folder.py       where a run keeps its checkpoints and videos
     progress.py         progress bars

@@ -40,6 +40,15 @@ def test_a_resumed_log_drops_lines_after_its_step_and_goes_on(tmp_path: Path) ->
     assert lines == [*({"step": step, "loss": step / 7} for step in (1, 2, 3)), {"step": 4, "loss": 0.5}]
 
 
+def test_another_file_follows_the_same_rules_and_gives_the_lines_that_stand(tmp_path: Path) -> None:
+    (tmp_path / "other.jsonl").write_text('{"step": 0, "loss": 1.0}\n{"step": 5, "loss": 0.5}\n')
+    with MetricsLog(tmp_path, 4, MAIN, "other.jsonl") as log:
+        assert log.kept == [{"step": 0, "loss": 1.0}]
+        log.write(step=5, loss=0.25)
+    assert [line["loss"] for line in read_metrics(tmp_path / "other.jsonl")] == [1.0, 0.25]
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
 def test_a_line_cut_off_by_the_end_of_the_process_does_not_spoil_the_next(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "loss": 0.5}\n{"step": 2, "lo')
