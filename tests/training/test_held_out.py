@@ -247,6 +247,15 @@ def test_a_start_measures_what_is_due_and_not_there(make: Make, transformer: Any
         assert others.is_due_at_start(3, 9)  # of these clips there is no value at all
 
 
+def test_a_start_at_step_0_measures_anew(make: Make, transformer: Any, tmp_path: Path) -> None:
+    """What stands there is of a run that died before its first checkpoint, perhaps of another model."""
+    for _ in range(2):
+        with make() as held_out:
+            assert held_out.is_due_at_start(0, 9)
+            held_out.measure(transformer, 0, 0)
+    assert [line["step"] for line in read_metrics(tmp_path / "run" / FILE)] == [0]
+
+
 def test_other_held_out_clips_are_told_and_have_a_best_of_their_own(
     make: Make, transformer: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

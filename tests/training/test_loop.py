@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from cogvideox_factory.data import loader
 from cogvideox_factory.data.loader import PreparedClips
 from cogvideox_factory.data.sampler import Position, Sampler
 from cogvideox_factory.data.store import Entry, PreparedSet
+from cogvideox_factory.model.encoders import TextEncoder, VideoEncoder
 from cogvideox_factory.model.family import Checkpoint
 from cogvideox_factory.prepare import PATIENCE
 from cogvideox_factory.training import loop
@@ -143,6 +145,7 @@ class StopAfter:
 def test_a_run_stopped_by_a_signal_and_resumed_equals_one_never_stopped(
     train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
 ) -> None:
+    """Trap 19: a resume that restarts the data, or any other part of the course."""
     flags = ("--max_train_steps", "9", "--lr_scheduler", "cosine", "--gradient_accumulation_steps", "2")
     assert train(tmp_path / "whole", *flags)[0] == 0
     with monkeypatch.context() as patch:
@@ -405,7 +408,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, str]]:
 def test_every_clip_once_an_epoch_though_the_batch_changes_in_it_twice(
     train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, entries: list[Entry], drawn: list[tuple[int, str]]
 ) -> None:
-    """Twelve clips: four steps of two, two of one, and the last two clips in a step of three; two more epochs."""
+    """Trap 19, with other batches: four steps of two clips, two of one, the last two in a step of three; two epochs."""
     run = tmp_path / "run"
     flags = ["--num_train_epochs", "3", "--lr_scheduler", "linear", "--resume_from_checkpoint", "latest"]
     flags += ["--validation_prompt", "a", "--validation_epochs", "1", "--num_inference_steps", "1"]
@@ -628,3 +631,54 @@ def test_a_variable_named_rank_of_the_users_own_does_not_silence_the_run(train, 
     monkeypatch.setenv("RANK", "16")
     code, messages = train(tmp_path / "run", "--max_train_steps", "1")
     assert code == 0 and "LoRA       " in messages and (tmp_path / "run/report.html").exists()
+
+
+def test_a_step_waits_for_the_device_once(train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trap 16: `.item()` per parameter for the gradient norm. Each such call makes the GPU's queue run dry."""
+    waits: list[list[str]] = []
+    is_counting = False
+
+    def within(function: Callable[..., Any], counts: bool) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            nonlocal is_counting
+            before, is_counting = is_counting, counts
+            if counts:
+                waits.append([])
+            try:
+                return function(*arguments, **options)
+            finally:
+                is_counting = before
+
+        return call
+
+    def noted(name: str) -> Callable[..., Any]:
+        read = getattr(torch.Tensor, name)
+
+        def call(*arguments: Any) -> Any:
+            if is_counting:
+                waits[-1].append(name)
+            return read(*arguments)
+
+        return call
+
+    monkeypatch.setattr(loop, "optimizer_step", within(loop.optimizer_step, True))
+    # The optimizer reads its own counter of steps, which lies on the CPU.
+    monkeypatch.setattr(torch.optim.AdamW, "step", within(torch.optim.AdamW.step, False))
+    for name in ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__"):
+        monkeypatch.setattr(torch.Tensor, name, noted(name))
+    flags = ("--max_train_steps", "3", "--gradient_accumulation_steps", "2", "--snr_gamma", "5")
+    assert train(tmp_path / "run", *flags)[0] == 0
+    assert waits[1:] == [["tolist"]] * 2  # the first step also makes what is kept, such as positions
+
+
+def test_training_on_prepared_tensors_never_loads_an_encoder(train, tmp_path: Path, monkeypatch) -> None:
+    """Trap 20: the T5 on the GPU even when training reads prepared tensors."""
+
+    def refused(*arguments: object, **options: object) -> None:
+        raise AssertionError("an encoder was loaded")
+
+    monkeypatch.setattr(TextEncoder, "load", refused)
+    monkeypatch.setattr(VideoEncoder, "load", refused)
+    monkeypatch.setattr(CogVideoXPipeline, "from_pretrained", refused)
+    code, messages = train(tmp_path / "run", "--max_train_steps", "1", "--validation_fraction", "0.4")
+    assert code == 0, messages
