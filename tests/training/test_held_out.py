@@ -156,7 +156,7 @@ def test_the_batch_size_does_not_change_it(make: Make, transformer: Any, batch_s
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("num_ranks", [2, 3])
+@pytest.mark.parametrize("num_ranks", [2, 5])
 def test_ranks_share_out_the_clips_and_add_up_to_what_one_finds(
     make: Make, transformer: Any, monkeypatch: pytest.MonkeyPatch, num_ranks: int
 ) -> None:
