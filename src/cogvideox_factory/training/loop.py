@@ -179,6 +179,7 @@ def train_steps(
                 seed=options.seed,
                 caption_dropout=0.0,
                 latent_frame_multiple=checkpoint.latent_frame_multiple,
+                noised_image_dropout=0.0 if checkpoint.is_image_to_video else None,
             ),
             training.train_batch_size,
             denoiser,
