@@ -433,3 +433,22 @@ def test_without_stratification_every_number_is_what_it_was(small_set) -> None:
         assert torch.equal(one.timestep_quantiles, torch.stack(expected))
         assert not torch.equal(one.timestep_quantiles, other.timestep_quantiles)
         assert_equal({**vars(other), "timestep_quantiles": one.timestep_quantiles}, vars(one))
+
+
+def test_a_fixed_draw_is_the_same_in_any_run_and_batch_and_has_all_that_training_has(small_set) -> None:
+    """What an evaluation sees: noise of the clip and the draw alone, the middle of each part of the timesteps."""
+    ours = clips_of(small_set, caption_dropout=0.0, noised_image_dropout=0.0)
+    theirs = clips_of(small_set, caption_dropout=0.0, noised_image_dropout=0.0, seed=99, rank=3)
+    trained = ours[Position(0), [[[0, 2]]]].batches[0]
+    noises = []
+    for draw in range(4):
+        batch, other = ours.fixed_batch([0, 2], draw, 4), theirs.fixed_batch([3, 2, 0], draw, 4)
+        assert batch.timestep_quantiles.tolist() == [draw / 4 + 0.125] * 2
+        assert batch.raw_image_latents is not None and other.raw_image_latents is not None
+        for name in (*TENSORS, "raw_image_latents"):
+            assert getattr(batch, name).shape == getattr(trained, name).shape
+            assert torch.equal(getattr(batch, name)[0], getattr(other, name)[2])
+        assert batch.raw_image_latents.abs().sum((1, 2, 3)).min() > 0  # none is left out
+        assert not torch.equal(batch.noise, trained.noise)
+        noises.append(batch.noise)
+    assert all(not torch.equal(one, two) for one, two in itertools.combinations(noises, 2))
