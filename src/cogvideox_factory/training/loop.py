@@ -38,6 +38,7 @@ from cogvideox_factory.training.objective import velocity_loss
 from cogvideox_factory.training.optimizers import build_optimizer, check_optimizer, clip_gradients, effective_rate
 from cogvideox_factory.training.resuming import resume, schedule_at
 from cogvideox_factory.training.run_options import claim_run_folder, resolve_options, without_resume
+from cogvideox_factory.training.tracking import Trackers, choose_trackers
 from cogvideox_factory.training.validation import Validation
 
 logger = logging.getLogger(__name__)
@@ -59,6 +60,7 @@ def train(options: Train) -> Path:
     """
     assert options.output_dir is not None
     run = options.output_dir
+    tracker_names = choose_trackers(options.tracking.report_to)
     checkpoint = with_conditioning(open_checkpoint(options.model), options.conditioning)
     options = resolve_options(options, checkpoint)
     accelerator = make_accelerator(options, checkpoint)
@@ -70,17 +72,19 @@ def train(options: Train) -> Path:
         claim_run_folder(run, options)
     accelerator.wait_for_everyone()
 
-    with stop_requests() as stop:
+    trackers = Trackers(tracker_names if accelerator.is_main_process else (), options)
+    with trackers, stop_requests() as stop:
         # Data first: the encoders have left the memory before the transformer comes.
         data = prepare_data(options, checkpoint, accelerator, stop)
         check_positions(checkpoint, {entry.bucket for entry in data.entries})
         validation = Validation(run, options, checkpoint, most_frequent_bucket(data.entries), stop)
+        validation.on_written = trackers.show_videos
         with accelerator.main_process_first():
             validation.encode_prompts(device)
             validation.keep_images(data.prepared, data.entries, device)
         options = dataclasses.replace(options, sampling=validation.sampling)
         memory = MemoryMeter(device, run / "memory.json")
-        state = train_steps(options, checkpoint, accelerator, data, validation, memory, stop)
+        state = train_steps(options, checkpoint, accelerator, data, validation, memory, trackers, stop)
 
         # What was learned is now tested as others will use it: from the saved file, by stock diffusers.
         accelerator.free_memory()
@@ -103,6 +107,7 @@ def train_steps(
     data: TrainingData,
     validation: Validation,
     memory: MemoryMeter,
+    trackers: Trackers,
     stop: StopRequest,
 ) -> TrainState:
     """All optimizer steps that are left, then the LoRA in the run's folder. Raises Stopped after a signal."""
@@ -129,6 +134,7 @@ def train_steps(
     num_steps = training.max_train_steps or state.step + steps_left
     schedule = schedule_at(state.step, raw_optimizer, options.optimizer, num_steps)
     describe(checkpoint, options, data, parameters, num_steps, sampler, state)
+    trackers.start_after(state.step, options)
     if state.step >= num_steps:
         logger.info("nothing left to train: this run is finished")
         if accelerator.is_main_process and not (run / LORA_FILE).is_file():
@@ -186,7 +192,7 @@ def train_steps(
     saved_step = first_step
     is_silent = not accelerator.is_main_process
     bar = progress_bar(None, "Training", "step", num_steps, done=state.step, is_silent=is_silent)
-    with MetricsLog(run, state.step, accelerator) as log, bar:
+    with MetricsLog(run, state.step, accelerator, trackers.log_line) as log, bar:
         while state.step < num_steps and not stop.requested:
             started = time.perf_counter()
             step = next(steps)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -22,9 +23,17 @@ class MetricsLog:
     Written by the first rank only.
     """
 
-    def __init__(self, run: Path, last_step: int, accelerator: Accelerator):
-        """Lines after `last_step`, written by a run that died later than its checkpoint, are dropped."""
+    def __init__(
+        self,
+        run: Path,
+        last_step: int,
+        accelerator: Accelerator,
+        also_to: Callable[[Mapping[str, Any]], None] | None = None,
+    ):
+        """Lines after `last_step`, written by a run that died later than its checkpoint, are dropped. What is written
+        goes to `also_to` too."""
         self._file: TextIO | None = None
+        self._also_to = also_to
         if accelerator.is_main_process:
             path = run / "metrics.jsonl"
             kept = [line for line in read_metrics(path) if line["step"] <= last_step]
@@ -42,6 +51,8 @@ class MetricsLog:
         if self._file:
             self._file.write(json.dumps(values) + "\n")
             self._file.flush()
+            if self._also_to:
+                self._also_to(values)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
