@@ -196,7 +196,7 @@ def test_tensorboard_gets_a_video_as_an_animated_picture(tmp_path: Path, videos)
     (event,) = read.Images("validation/prompt-00-video-0")
     assert (event.step, event.width, event.height) == (3, 320, 213)
     with Image.open(io.BytesIO(event.encoded_image_string)) as image:
-        assert (image.format, image.size, image.n_frames) == ("GIF", (320, 213), 9)
+        assert (image.format, image.size, image.n_frames) == ("GIF", (320, 213), 9)  # type: ignore[attr-defined]
         levels = []
         for index in range(9):
             image.seek(index)
