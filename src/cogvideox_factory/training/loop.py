@@ -33,7 +33,9 @@ from cogvideox_factory.resolve import check_positions
 from cogvideox_factory.run_folder import set_aside_after
 from cogvideox_factory.stopping import Stopped, StopRequest, stop_requests
 from cogvideox_factory.training.checkpoint import TrainState, save_checkpoint
+from cogvideox_factory.training.hub import open_repository
 from cogvideox_factory.training.metrics import MemoryMeter, MetricsLog
+from cogvideox_factory.training.model_card import Trained, write_model_card
 from cogvideox_factory.training.objective import velocity_loss
 from cogvideox_factory.training.optimizers import build_optimizer, check_optimizer, clip_gradients, effective_rate
 from cogvideox_factory.training.resuming import resume, schedule_at
@@ -70,6 +72,7 @@ def train(options: Train) -> Path:
         read_clips(options.data)  # what is wrong with the data set as a whole is said before a folder is made
     if accelerator.is_main_process:
         claim_run_folder(run, options)
+        repository = open_repository(options)
     accelerator.wait_for_everyone()
 
     trackers = Trackers(tracker_names if accelerator.is_main_process else (), options)
@@ -96,7 +99,12 @@ def train(options: Train) -> Path:
             memory.write()
             if validation.videos and not validation.is_done(state.step):
                 stop.check(f"the LoRA in {run} is complete, the videos of its last test are not; start again for them")
+            trained = Trained("text-to-video", "lora", checkpoint.pipeline["_class_name"])
+            name = repository.name if repository else None
+            write_model_card(run, options, checkpoint, data.entries, state.step, validation.videos, trained, name)
         accelerator.wait_for_everyone()
+    if accelerator.is_main_process and repository:  # nobody waits for it
+        repository.upload(run, state.step)
     return run
 
 
