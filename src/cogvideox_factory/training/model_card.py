@@ -7,6 +7,7 @@ are.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from cogvideox_factory.sampling import Video
 from cogvideox_factory.training.hub import CARD_FILE
 from cogvideox_factory.training.metrics import read_metrics
 
+logger = logging.getLogger(__name__)
 MARKER = "<!-- Written by cogvideox-factory. Remove this line, and a later run will leave the file alone. -->"
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
 # Everything that may mean something to Markdown or HTML; a dot within a word makes a link of www.example.org.
@@ -57,6 +59,7 @@ def write_model_card(
     """
     path = run / CARD_FILE
     if path.exists() and MARKER not in path.read_text(encoding="utf-8", errors="replace"):
+        logger.info("%s is not of this program's making and stays as it is", path)
         return False
     folder = validation_folder(run, step).relative_to(run)
     samples = [(video, f"{folder.as_posix()}/{video.file}") for video in videos if (run / folder / video.file).exists()]
