@@ -208,11 +208,16 @@ def test_settings_data_and_losses(write: Write, entries: list[Entry]) -> None:
     assert told[f"Excerpts of {bucket} (frames × height × width)"] == "12"
 
 
-def test_nothing_of_this_machine_is_in_it(write: Write, tmp_path: Path, tiny_model: Path) -> None:
+def test_nothing_of_this_machine_is_in_it(
+    write: Write, tmp_path: Path, tiny_model: Path, checkpoint: Checkpoint, monkeypatch
+) -> None:
     card = write()
     for secret in (str(tmp_path), str(tiny_model), str(tiny_model.parent), "/tmp", str(Path.home())):
         assert secret not in card
     assert "base_model" not in front_matter(card)  # a folder is no name on the Hub
+    monkeypatch.chdir(tiny_model.parent.parent)  # also where its name looks like one
+    looks_so = dataclasses.replace(checkpoint, name=f"{tiny_model.parent.name}/{tiny_model.name}")
+    assert looks_so.is_local and "base_model" not in front_matter(write(base=looks_so))
 
 
 # --- what a user wrote ---
