@@ -17,7 +17,6 @@ from typing import Any, Literal
 import torch
 import yaml
 
-from cogvideox_factory import __version__
 from cogvideox_factory.config import Train
 from cogvideox_factory.data.files import write_durably
 from cogvideox_factory.data.store import Entry
@@ -73,7 +72,7 @@ def write_model_card(
         _front_matter(base, trained, options.data.id_token, samples),
         MARKER,
         f"# {markdown(name)}",
-        f"{kind} {base_shown} ({trained.task}), trained for {step} steps with CogVideoX Factory {__version__}.",
+        f"{kind} {base_shown} ({trained.task}), trained for {step} steps with CogVideoX Factory.",
         _trigger(options.data.id_token),
         "## Use it",
         f"```python\n{snippet(options, checkpoint, base, trained, repository)}```",
