@@ -18,6 +18,7 @@ from markdown_it import MarkdownIt
 from PIL import Image
 
 from cogvideox_factory.config import (
+    ConditioningOptions,
     DataOptions,
     LoraOptions,
     ModelOptions,
@@ -30,7 +31,7 @@ from cogvideox_factory.data.store import Entry
 from cogvideox_factory.demo.tiny_model import build_tiny_pipeline
 from cogvideox_factory.model.adapters import attach_lora, save_lora
 from cogvideox_factory.model.denoiser import load_transformer
-from cogvideox_factory.model.family import Checkpoint, open_checkpoint
+from cogvideox_factory.model.family import Checkpoint, open_checkpoint, with_conditioning
 from cogvideox_factory.run_folder import validation_folder
 from cogvideox_factory.sampling import Video
 from cogvideox_factory.training.model_card import MARKER, Trained, markdown, write_model_card
@@ -54,6 +55,8 @@ def write(tmp_path: Path, checkpoint: Checkpoint, entries: list[Entry]) -> Write
         base: Checkpoint = checkpoint,
         repository: str | None = None,
         run: Path = tmp_path / "run",
+        height: int = 64,
+        conditioning: ConditioningOptions | None = None,
     ) -> str:
         folder = validation_folder(run, 20)
         folder.mkdir(parents=True, exist_ok=True)
@@ -66,8 +69,9 @@ def write(tmp_path: Path, checkpoint: Checkpoint, entries: list[Entry]) -> Write
             data=DataOptions(data_root=tmp_path / "data", fps=8.0, id_token=id_token),
             model=ModelOptions(pretrained_model_name_or_path=str(base.folder)),
             lora=LoraOptions(rank=4, lora_alpha=12),
+            conditioning=conditioning or ConditioningOptions(),
             optimizer=OptimizerOptions(learning_rate=3e-4),
-            sampling=SamplingOptions(num_frames=9, height=64, width=96, num_inference_steps=2),
+            sampling=SamplingOptions(num_frames=9, height=height, width=96, num_inference_steps=2),
             validation=ValidationOptions(validation_prompt=":::".join(prompts) or None),
             output_dir=run,
         )
@@ -138,7 +142,7 @@ def test_the_code_runs(
         save_lora(transformer, run)
     else:
         build_tiny_pipeline(seed=3).save_pretrained(run)
-    code = code_of(write(['it\'s a "red" square\\'], base=base, trained=Trained(task, training_type, pipeline_class)))
+    code = code_of(write(['it\'s a "red" square\\'], base=base, trained=Trained.of(base, training_type)))
     if training_type == "lora":
         assert f"path/to/{model.name}" in code
         code = code.replace(f"path/to/{model.name}", str(model))
@@ -154,6 +158,32 @@ def test_the_code_runs(
         stream = video.streams.video[0]
         assert (stream.width, stream.height, stream.average_rate) == (96, 64, 8)
         assert sum(1 for _ in video.decode(video=0)) == 9
+
+
+def test_the_code_takes_the_image_as_training_did(write: Write, tmp_path: Path, monkeypatch) -> None:
+    """Learned positions are for the native size only: without its line, the code would raise at this height."""
+    from diffusers import CogVideoXImageToVideoPipeline
+
+    model = tmp_path / "image-model"
+    components = build_tiny_pipeline(in_channels=16, use_learned_positional_embeddings=True).components
+    CogVideoXImageToVideoPipeline(**components).save_pretrained(model)
+    conditioning = ConditioningOptions(ignore_learned_positional_embeddings=True, image_latents_scale="divide")
+    plain = open_checkpoint(ModelOptions(pretrained_model_name_or_path=str(model)))
+    base = with_conditioning(plain, conditioning)
+    transformer = load_transformer(base, torch.float32)
+    attach_lora(transformer, LoraOptions(rank=4, lora_alpha=12), seed=0)
+    save_lora(transformer, tmp_path / "run")
+    code = code_of(write(base=base, trained=Trained.of(base, "lora"), height=48, conditioning=conditioning))
+    code = code.replace(f"path/to/{model.name}", str(model)).replace("pipe.enable_model_cpu_offload()\n", "")
+    monkeypatch.chdir(tmp_path / "run")
+    Image.new("RGB", (96, 48), "red").save("first_frame.png")
+    names: dict[str, Any] = {}
+    exec(compile(code, "README.md", "exec"), names)
+    assert len(names["video"]) == 9
+    assert names["pipe"].vae.config.invert_scale_latents is True is not plain.vae.get("invert_scale_latents")
+    without = "".join(line for line in code.splitlines(keepends=True) if "learned_positional" not in line)
+    with pytest.raises(ValueError, match="different resolution"):
+        exec(compile(without, "README.md", "exec"), {})
 
 
 def test_the_code_names_the_repository_and_a_base_on_the_hub(write: Write, checkpoint: Checkpoint) -> None:

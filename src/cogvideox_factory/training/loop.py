@@ -99,7 +99,7 @@ def train(options: Train) -> Path:
             memory.write()
             if validation.videos and not validation.is_done(state.step):
                 stop.check(f"the LoRA in {run} is complete, the videos of its last test are not; start again for them")
-            trained = Trained("text-to-video", "lora", checkpoint.pipeline["_class_name"])
+            trained = Trained.of(checkpoint, "lora")
             name = repository.name if repository else None
             write_model_card(run, options, checkpoint, data.entries, state.step, validation.videos, trained, name)
         accelerator.wait_for_everyone()

@@ -41,6 +41,13 @@ class Trained:
     training_type: Literal["lora", "sft"]
     pipeline_class: str  # of diffusers
 
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, training_type: Literal["lora", "sft"]) -> Trained:
+        task: Literal["text-to-video", "image-to-video"] = (
+            "image-to-video" if checkpoint.is_image_to_video else "text-to-video"
+        )
+        return cls(task, training_type, checkpoint.pipeline_class.__name__)
+
 
 def write_model_card(
     run: Path,
@@ -106,6 +113,7 @@ def snippet(
     result = repr(repository) if repository else '"."'
     comment = "" if repository else "  # the folder of this file"
     source = base or f"path/to/{checkpoint.folder.name}"
+    divides = options.conditioning.image_latents_scale == "divide"
     sampling, fps = options.sampling, options.data.fps or checkpoint.native_fps
     if trained.training_type == "lora":
         load = [
@@ -113,6 +121,10 @@ def snippet(
             f'pipe.load_lora_weights({result}, adapter_name="trained"){comment}',
             'pipe.set_adapters("trained", 1.0)  # 1.0 is what training saw',
         ]
+        if options.conditioning.ignore_learned_positional_embeddings:  # a LoRA file cannot carry it
+            load.append("pipe.transformer.patch_embed.use_learned_positional_embeddings = False  # as in training")
+        if options.conditioning.image_latents_scale != "checkpoint":
+            load.append(f"pipe.vae.register_to_config(invert_scale_latents={divides})  # as in training")
     else:
         load = [f"pipe = {trained.pipeline_class}.from_pretrained({result}, torch_dtype={dtype}){comment}"]
     lines = [
