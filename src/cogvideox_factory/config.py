@@ -78,11 +78,34 @@ class NotEmpty:
         return None if value else "must not be empty"
 
 
+class Secret:
+    """A text that must not be written down: only `reveal` gives it, and neither YAML nor JSON takes the object."""
+
+    def __init__(self, value: str):
+        self._value = value
+
+    def reveal(self) -> str:
+        return self._value
+
+    def __repr__(self) -> str:
+        return "Secret(…)"
+
+
 # Optional values are spelled by what one types, not as "{None}|STR".
 Text = Annotated[str | None, tyro.conf.arg(metavar="TEXT")]
 PathOption = Annotated[Path | None, tyro.conf.arg(metavar="PATH")]
 Count = Annotated[int | None, tyro.conf.arg(metavar="N"), AtLeast(1)]
 Rate = Annotated[float | None, tyro.conf.arg(metavar="FPS", aliases=["--target_fps"]), MoreThan(0)]
+SecretText = Annotated[
+    Secret | None,
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="TEXT",
+        instance_from_str=lambda typed: Secret(typed[0]),
+        is_instance=lambda value: value is None or isinstance(value, Secret),
+        str_from_instance=lambda value: ["None" if value is None else "…"],
+    ),
+]
 Precision = Annotated[Literal["fp32", "fp16", "bf16"] | None, tyro.conf.arg(metavar="{fp32,fp16,bf16}")]
 
 
@@ -406,6 +429,35 @@ class HeldOutOptions:
 
 
 @option_group
+class TrackingOptions:
+    """Where the course of a training is shown while it goes on. The run's folder holds all of it in any case."""
+
+    report_to: tuple[Literal["none", "tensorboard", "wandb", "trackio", "all"], ...] = ()
+    """Dashboards that get the metrics and the validation videos; several are allowed. all: every one that is
+    installed. Default: tensorboard where it is installed."""
+    tracker_name: Annotated[str, NotEmpty()] = "cogvideox-factory"
+    """Project that the run belongs to in wandb and trackio. The run itself is named after --output_dir."""
+    logging_dir: PathOption = None
+    """Folder of the dashboards' files, relative to --output_dir; each run has a folder in it. Default: logs."""
+
+
+@option_group
+class HubOptions:
+    """Sharing the result on the Hugging Face Hub."""
+
+    push_to_hub: bool = False
+    """Upload the result, its model card and the last validation videos when the run is complete. The token is tried
+    out before the training starts."""
+    hub_model_id: Text = None
+    """Name of the repository, with or without an owner before it. Default: the name of --output_dir."""
+    hub_private_repo: bool = False
+    """Make the repository, if it is new, visible to its owner only."""
+    hub_token: SecretText = None
+    """Token with the right to write; it is never written down. Better kept out of the command line: the variable
+    HF_TOKEN, or `hf auth login`, which is the default."""
+
+
+@option_group
 class Demo:
     """Show the whole chain on a CPU in minutes, on a tiny model of random weights and a few rendered clips.
 
@@ -482,6 +534,8 @@ class Train:
     validation: ValidationOptions = field(default_factory=ValidationOptions)
     held_out: HeldOutOptions = field(default_factory=HeldOutOptions)
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
+    tracking: TrackingOptions = field(default_factory=TrackingOptions)
+    hub: HubOptions = field(default_factory=HubOptions)
     output_dir: PathOption = None
     """Folder of the run."""
     seed: Annotated[int, Within(0, 2**63 - 1)] = 42
@@ -570,9 +624,20 @@ def option_values(options: Any) -> dict[str, Any]:
     return {name: getattr(owner, name) for owner, name, _ in walk_options(options)}
 
 
+def plain_values(options: Any) -> dict[str, Any]:
+    """All options of a command that may be written down, as YAML and JSON know them: no secrets, not even a name."""
+    hints = {name: annotation for _, name, annotation in walk_options(options)}
+    values = option_values(options)
+    return {name: _plain(value) for name, value in values.items() if not _is_secret(hints[name])}
+
+
+def _is_secret(annotation: Any) -> bool:
+    return annotation is Secret or any(_is_secret(part) for part in typing.get_args(annotation))
+
+
 def write_config(options: Command, path: Path) -> None:
-    """Every option, and the version that wrote it, as YAML that `--config` takes back."""
-    values = {name: _plain(value) for name, value in option_values(options).items()}
+    """Every option but secrets, and the version that wrote it, as YAML that `--config` takes back."""
+    values = plain_values(options)
     path.write_text(yaml.safe_dump({"version": __version__, **values}, sort_keys=False, allow_unicode=True))
 
 

@@ -361,6 +361,7 @@ def _write_index(
     if entries:
         settings = {
             **names.settings,
+            "id_token": data.id_token,  # stands in the captions already; told by the model card
             "fps": data.fps,
             "num_image_draws": names.num_image_draws,
             "empty_prompt": names.prompt(""),

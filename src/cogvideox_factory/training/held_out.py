@@ -13,8 +13,9 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -51,8 +52,9 @@ class HeldOutLoss:
         *,
         last_step: int,
         every_steps: int,
+        also_to: Callable[[Mapping[str, Any]], None] | None = None,
     ):
-        """`clips` drop no caption. Lines after `last_step`, of a course that was left, are dropped; those of a start
+        """`clips` drop no caption. What is written goes to `also_to` too. Lines after `last_step`, of a course that was left, are dropped; those of a start
         at step 0 too, which may have been of another model."""
         self.clips = clips
         self.batch_size = batch_size
@@ -64,7 +66,7 @@ class HeldOutLoss:
         self.identity = hash_of(sorted(entry.key for entry in clips.entries))[:8]
         if accelerator.is_main_process:
             self._set_aside_other_clips(run / FILE)
-        self._log = MetricsLog(run, last_step or -1, accelerator, FILE)
+        self._log = MetricsLog(run, last_step or -1, accelerator, FILE, also_to)
         self._lines = self._log.kept  # of the first rank; empty on the others
 
     def _set_aside_other_clips(self, path: Path) -> None:

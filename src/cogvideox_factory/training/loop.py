@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import functools
 import logging
 import math
 import time
@@ -36,7 +37,9 @@ from cogvideox_factory.run_folder import set_aside_after
 from cogvideox_factory.stopping import Stopped, StopRequest, stop_requests
 from cogvideox_factory.training.checkpoint import TrainState, save_checkpoint
 from cogvideox_factory.training.held_out import HeldOutLoss
+from cogvideox_factory.training.hub import open_repository
 from cogvideox_factory.training.metrics import MemoryMeter, MetricsLog
+from cogvideox_factory.training.model_card import Trained, write_model_card
 from cogvideox_factory.training.objective import velocity_loss
 from cogvideox_factory.training.optimizers import build_optimizer, check_optimizer, clip_gradients, effective_rate
 from cogvideox_factory.training.resuming import resume, schedule_at
@@ -47,6 +50,7 @@ from cogvideox_factory.training.run_options import (
     resolve_options,
     without_resume,
 )
+from cogvideox_factory.training.tracking import Trackers, choose_trackers
 from cogvideox_factory.training.validation import Validation
 
 logger = logging.getLogger(__name__)
@@ -68,6 +72,7 @@ def train(options: Train) -> Path:
     """
     assert options.output_dir is not None
     run = options.output_dir
+    tracker_names = choose_trackers(options.tracking.report_to)
     checkpoint = with_conditioning(open_checkpoint(options.model), options.conditioning)
     options = resolve_options(options, checkpoint)
     accelerator = make_accelerator(options, checkpoint)
@@ -81,21 +86,24 @@ def train(options: Train) -> Path:
                 read_clips(second_set.data)
     if accelerator.is_main_process:
         claim_run_folder(run, options)
+        repository = open_repository(options)
     accelerator.wait_for_everyone()
 
-    with stop_requests() as stop:
+    trackers = Trackers(tracker_names if accelerator.is_main_process else (), options)
+    with trackers, stop_requests() as stop:
         # Data first: the encoders have left the memory before the transformer comes.
         data = prepare_data(options, checkpoint, accelerator, stop)
         data, held_out_data = hold_out(options, second_set, data, checkpoint, accelerator, stop)
         every_clip = [*data.entries, *(held_out_data.entries if held_out_data else ())]
         check_positions(checkpoint, {entry.bucket for entry in every_clip})
         validation = Validation(run, options, checkpoint, most_frequent_bucket(data.entries), stop)
+        validation.on_written = trackers.show_videos
         with accelerator.main_process_first():
             validation.encode_prompts(device)
             validation.keep_images(data.prepared, data.entries, device)
         options = dataclasses.replace(options, sampling=validation.sampling)
         memory = MemoryMeter(device, run / "memory.json")
-        state = train_steps(options, checkpoint, accelerator, data, held_out_data, validation, memory, stop)
+        state = train_steps(options, checkpoint, accelerator, data, held_out_data, validation, memory, trackers, stop)
 
         # What was learned is now tested as others will use it: from the saved file, by stock diffusers.
         accelerator.free_memory()
@@ -107,7 +115,12 @@ def train(options: Train) -> Path:
             memory.write()
             if validation.videos and not validation.is_done(state.step):
                 stop.check(f"the LoRA in {run} is complete, the videos of its last test are not; start again for them")
+            trained = Trained.of(checkpoint, "lora")
+            name = repository.name if repository else None
+            write_model_card(run, options, checkpoint, data.entries, state.step, validation.videos, trained, name)
         accelerator.wait_for_everyone()
+    if accelerator.is_main_process and repository:  # nobody waits for it
+        repository.upload(run, state.step)
     return run
 
 
@@ -119,6 +132,7 @@ def train_steps(
     held_out_data: TrainingData | None,
     validation: Validation,
     memory: MemoryMeter,
+    trackers: Trackers,
     stop: StopRequest,
 ) -> TrainState:
     """All optimizer steps that are left, then the LoRA in the run's folder. Raises Stopped after a signal."""
@@ -145,6 +159,7 @@ def train_steps(
     num_steps = training.max_train_steps or state.step + steps_left
     schedule = schedule_at(state.step, raw_optimizer, options.optimizer, num_steps)
     describe(checkpoint, options, data, held_out_data, parameters, num_steps, sampler, state)
+    trackers.start_after(state.step, options)
     if state.step >= num_steps:
         logger.info("nothing left to train: this run is finished")
         if accelerator.is_main_process and not (run / LORA_FILE).is_file():
@@ -188,6 +203,7 @@ def train_steps(
             stop,
             last_step=state.step,
             every_steps=options.held_out.validation_loss_steps or training.checkpointing_steps,
+            also_to=functools.partial(trackers.log_line, group="held_out"),
         )
     steps = load_steps(
         clips,
@@ -226,7 +242,8 @@ def train_steps(
     saved_step = first_step
     is_silent = not accelerator.is_main_process
     bar = progress_bar(None, "Training", "step", num_steps, done=state.step, is_silent=is_silent)
-    with MetricsLog(run, state.step, accelerator) as log, held_out or contextlib.nullcontext(), bar:
+    log = MetricsLog(run, state.step, accelerator, also_to=trackers.log_line)
+    with log, held_out or contextlib.nullcontext(), bar:
         while state.step < num_steps and not stop.requested:
             started = time.perf_counter()
             step = next(steps)

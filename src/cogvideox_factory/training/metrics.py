@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -22,9 +23,18 @@ class MetricsLog:
     Or another file of lines that have a step each. Written by the first rank only.
     """
 
-    def __init__(self, run: Path, last_step: int, accelerator: Accelerator, name: str = "metrics.jsonl"):
-        """Lines after `last_step`, written by a run that died later than its checkpoint, are dropped."""
+    def __init__(
+        self,
+        run: Path,
+        last_step: int,
+        accelerator: Accelerator,
+        name: str = "metrics.jsonl",
+        also_to: Callable[[Mapping[str, Any]], None] | None = None,
+    ):
+        """Lines after `last_step`, written by a run that died later than its checkpoint, are dropped. What is written
+        goes to `also_to` too."""
         self._file: TextIO | None = None
+        self._also_to = also_to
         self.kept: list[dict[str, Any]] = []  # lines that stand already
         if accelerator.is_main_process:
             path = run / name
@@ -43,6 +53,8 @@ class MetricsLog:
         if self._file:
             self._file.write(json.dumps(values) + "\n")
             self._file.flush()
+            if self._also_to:
+                self._also_to(values)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -34,7 +34,7 @@ def resolve_options(options: Train, checkpoint: Checkpoint) -> Train:
     if options.training.load_tensors:
         settings = check_prepared(checkpoint, PreparedSet(options.data.data_root))
         tell_ignored(options, settings)
-        data = DataOptions(data_root=data.data_root, fps=settings["fps"])
+        data = DataOptions(data_root=data.data_root, fps=settings["fps"], id_token=settings.get("id_token"))
         encoding = dataclasses.replace(encoding, max_sequence_length=settings["max_sequence_length"])
     else:
         data = dataclasses.replace(data, **resolve_data_options(data, checkpoint))

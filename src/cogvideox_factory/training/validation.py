@@ -61,6 +61,7 @@ class Validation:
             for number, prompt in enumerate(prompts)
             for index in range(options.validation.num_validation_videos)
         ]
+        self.on_written: Callable[[int, Path, Sequence[Video]], None] | None = None  # of a step, its folder, its videos
         self._embeddings = PreparedSet(run / "prepared")
         self._files: dict[str, str] = {}
 
@@ -141,6 +142,8 @@ class Validation:
             write_video(folder / video.file, make(video), self.options.data.fps)
         write_video_list(folder, self.videos)  # last: its presence says that all are there
         logger.info("videos     %s", folder)
+        if self.on_written:
+            self.on_written(step, folder, self.videos)
 
     def _generate(self, pipeline, video: Video, **prompt) -> np.ndarray:
         if video.image:
