@@ -258,13 +258,13 @@ def test_the_videos_of_the_last_test_are_those_of_the_exported_pipeline(
 def test_the_checkpoints_average_is_what_sample_shows_of_a_step(cli: Cli, train, tmp_path: Path) -> None:
     run, quick = tmp_path / "run", ("--num_inference_steps", "1", "--num_frames", "9")
     assert train(run, "--max_train_steps", "2", "--ema_decay", "0.5", *SFT)[0] == 0
-    frames = []
+    frames: list[np.ndarray] = []
     for flags in ((), ("--step", "2")):
         output = tmp_path / f"frames{len(frames)}"
         code, _, messages = cli("sample", "--run", run, "--prompt", "a", *quick, "--output", output, *flags)
         assert code == 0, messages
         frames.append(np.stack([np.asarray(Image.open(path)) for path in sorted(output.iterdir())]))
-    assert np.array_equal(*frames)
+    assert np.array_equal(frames[0], frames[1])
     code, _, messages = cli(
         *("sample", "--run", run, "--pretrained_model_name_or_path", "other/model", "--prompt", "a"),
         *("--output", tmp_path / "more"),
