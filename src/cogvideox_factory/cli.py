@@ -115,15 +115,15 @@ def run_prepare(options: Prepare) -> None:
 def run_train(options: Train) -> None:
     from accelerate import PartialState
 
-    from cogvideox_factory.model.adapters import find_export
     from cogvideox_factory.training.loop import train
 
     run = train(options)
     if PartialState().is_main_process:  # not the variable RANK, which a user may have set for something else
         run_report(Report(run=run))
-        made = find_export(run)
-        assert made is not None
-        logger.info("%-10s %s", "model" if made.suffix == ".json" else "LoRA", made)
+        if (run / "model_index.json").is_file():
+            logger.info("model      %s", run)
+        else:
+            logger.info("LoRA       %s", run / "pytorch_lora_weights.safetensors")
 
 
 def run_sample(options: Sample) -> None:

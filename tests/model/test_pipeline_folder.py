@@ -6,18 +6,19 @@ import dataclasses
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers import CogVideoXDDIMScheduler, CogVideoXPipeline
+from diffusers import CogVideoXDDIMScheduler, CogVideoXImageToVideoPipeline, CogVideoXPipeline
 from diffusers.models.modeling_utils import ModelMixin
 
-from cogvideox_factory.config import ModelOptions
+from cogvideox_factory.config import ConditioningOptions, ModelOptions
 from cogvideox_factory.demo.tiny_model import build_tiny_pipeline
 from cogvideox_factory.model.denoiser import load_transformer
-from cogvideox_factory.model.family import Checkpoint, open_checkpoint
+from cogvideox_factory.model.family import Checkpoint, open_checkpoint, with_conditioning
 from cogvideox_factory.model.pipeline_folder import is_pipeline, save_pipeline
 
 PARTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
@@ -150,6 +151,18 @@ def test_a_later_save_takes_the_place_of_an_earlier_one(checkpoint: Checkpoint, 
         save_pipeline(transformer, checkpoint, tmp_path)
     assert_same_weights(CogVideoXPipeline.from_pretrained(tmp_path).transformer, transformer)
     assert (tmp_path / "config.yaml").read_text() == "kept: true\n"
+
+
+def test_how_a_model_takes_its_image_is_in_the_configs(member: Callable[[str], Path], tmp_path: Path) -> None:
+    """Stock diffusers then does as training did, without being told."""
+    base = open_checkpoint(ModelOptions(pretrained_model_name_or_path=str(member("5b-I2V"))))
+    conditioning = ConditioningOptions(ignore_learned_positional_embeddings=True, image_latents_scale="divide")
+    changed = with_conditioning(base, conditioning)
+    assert base.has_learned_positions and not base.vae.get("invert_scale_latents")
+    save_pipeline(load_transformer(changed, torch.float32), changed, tmp_path)
+    pipeline = CogVideoXImageToVideoPipeline.from_pretrained(tmp_path)
+    assert pipeline.vae.config.invert_scale_latents is True
+    assert pipeline.transformer.patch_embed.use_learned_positional_embeddings is False
 
 
 def test_the_index_is_the_bases(checkpoint: Checkpoint, tmp_path: Path) -> None:

@@ -93,7 +93,7 @@ def test_full_fine_tuning_equals_a_plain_loop_and_exports_a_pipeline_for_stock_d
     run, chosen = tmp_path / "run", ("--trainable_modules", modules) if modules else ()
     code, messages = train(run, "--seed", "7", "--max_train_steps", "4", *SFT, *chosen)
     assert code == 0, messages
-    assert "model      " in messages and "without effect" not in messages
+    assert f"model      {run}\n" in messages and "without effect" not in messages
     theirs, _ = plain_fine_tuning(tiny_model, prepared, entries, 4, modules, 0.5)
     exported = CogVideoXPipeline.from_pretrained(run).transformer.state_dict()
     assert exported.keys() == theirs.state_dict().keys()
