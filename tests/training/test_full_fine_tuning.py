@@ -139,7 +139,10 @@ def stop_after(patch: pytest.MonkeyPatch, step: int) -> None:
     patch.setattr(MetricsLog, "write", write_then_signal)
 
 
-@pytest.mark.parametrize("method", [SFT, ("--use_dora", "--use_rslora")], ids=["sft", "dora"])
+BF16 = (*SFT, "--mixed_precision", "bf16")
+
+
+@pytest.mark.parametrize("method", [SFT, BF16, ("--use_dora", "--use_rslora")], ids=["sft", "sft-bf16", "dora"])
 def test_a_method_that_is_stopped_and_resumed_with_its_average_equals_one_never_stopped(
     train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: tuple[str, ...]
 ) -> None:
@@ -151,9 +154,21 @@ def test_a_method_that_is_stopped_and_resumed_with_its_average_equals_one_never_
     assert not (tmp_path / "parts/model_index.json").exists() and not (tmp_path / "parts" / LORA).exists()
     code, messages = train(tmp_path / "parts", *flags, "--resume_from_checkpoint", "latest")
     assert code == 0, messages
-    export = WEIGHTS if method == SFT else LORA
+    export = WEIGHTS if "sft" in method else LORA
     for file in (export, *(f"checkpoints/step-00000006/{name}.safetensors" for name in ("trainable", "ema"))):
         assert_same_files(tmp_path / "parts" / file, tmp_path / "whole" / file)
+
+
+def test_a_run_in_bf16_exports_its_fp32_weights_rounded(train, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    code, messages = train(run, "--max_train_steps", "2", *BF16)
+    assert code == 0, messages
+    exported, trained = load_file(run / WEIGHTS), load_file(run / "checkpoints/step-00000002/trainable.safetensors")
+    assert exported.keys() == trained.keys()
+    assert {value.dtype for value in trained.values()} == {torch.float32}
+    for name, value in trained.items():
+        assert exported[name].dtype == torch.bfloat16 and torch.equal(exported[name], value.bfloat16())
+    assert any(not torch.equal(value.bfloat16().float(), value) for value in trained.values())
 
 
 def test_what_is_shown_and_exported_is_the_average(
