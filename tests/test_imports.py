@@ -20,7 +20,7 @@ ALLOWED: dict[str, set[str]] = {
     "progress": set(),
     "run_folder": set(),
     "data": {"config", "progress", "stopping"},
-    "model": {"config", "progress", "stopping"},
+    "model": {"", "config", "progress", "stopping"},
     "memory": {"config", "data", "model", "progress", "stopping"},
     "resolve": {"config", "model"},
     "prepare": {"config", "data", "model", "memory", "progress", "resolve", "stopping"},

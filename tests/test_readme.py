@@ -31,12 +31,27 @@ def run(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, prepared_fol
     return folder
 
 
+@pytest.fixture(scope="module")
+def fine_tuned(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, prepared_folder: Path) -> Path:
+    """A run of full fine-tuning of one step."""
+    folder = tmp_path_factory.mktemp("readme-sft") / "run"
+    model = ("--pretrained_model_name_or_path", tiny_model, "--data_root", prepared_folder, "--load_tensors")
+    flags = ("--training_type", "sft", "--max_train_steps", "1")
+    assert main([*map(str, ("train", *model, "--output_dir", folder)), *flags]) == 0
+    return folder
+
+
+@pytest.mark.parametrize("number", [0, 1], ids=["lora", "sft"])
 @pytest.mark.parametrize("readme", READMES)
-def test_the_diffusers_snippet_runs(readme: str, run: Path, tiny_model: Path, tmp_path: Path, monkeypatch) -> None:
-    (snippet,) = re.findall(r"```python\n(.*?)```", (ROOT / readme).read_text(), re.DOTALL)
+def test_the_diffusers_snippets_run(
+    readme: str, number: int, run: Path, fine_tuned: Path, tiny_model: Path, tmp_path: Path, monkeypatch
+) -> None:
+    snippets = re.findall(r"```python\n(.*?)```", (ROOT / readme).read_text(), re.DOTALL)
+    assert len(snippets) == 2
+    snippet = snippets[number]
+    paths = ({"THUDM/CogVideoX-5b": tiny_model, "runs/steamboat": run}, {"runs/steamboat-sft": fine_tuned})[number]
     for text, replacement in (
-        ("THUDM/CogVideoX-5b", str(tiny_model)),
-        ('"runs/steamboat"', f'"{run}"'),
+        *((f'"{name}"', f'"{path}"') for name, path in paths.items()),
         ("pipe.enable_model_cpu_offload()\n", ""),  # needs a GPU
         ("num_frames=49", "num_frames=17, num_inference_steps=2"),
         ("height=480", "height=64"),
@@ -91,6 +106,10 @@ def test_the_scripts_run_as_they_are_when_their_variables_point_to_small_input(
     assert (tmp_path / "run/pytorch_lora_weights.safetensors").exists() and (tmp_path / "run/report.html").exists()
     again = run_script("train_text_to_video_lora.sh", train, "--load_tensors")
     assert again.returncode == 0 and "finished" in again.stderr
+    whole = {**train, "OUTPUT_DIR": tmp_path / "sft"}
+    done = run_script("train_text_to_video_sft.sh", whole, "--load_tensors")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "sft/model_index.json").exists() and (tmp_path / "sft/report.html").exists()
 
 
 def test_the_script_for_image_to_video_runs(member: Callable[[str], Path], clips: Path, tmp_path: Path) -> None:

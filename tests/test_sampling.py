@@ -295,6 +295,7 @@ def test_json_is_one_object_on_standard_output_that_says_what_was_made(
         "seed": 3,
         "model": str(tiny_model),
         "lora": str(trained / "checkpoints" / "step-00000002"),
+        "weights": None,
         "frames": 9,
         "height": 32,
         "width": 48,

@@ -18,7 +18,9 @@ A clip becomes latents once; a batch of latents becomes a loss. The map, in the 
     model/family.py     what a checkpoint is, read from its own config files
     model/encoders.py   text → embeddings, pixels → raw latents
     model/denoiser.py   one forward pass for the whole family
-    model/adapters.py   LoRA: attach, save with metadata, load
+    model/full.py       full fine-tuning: which weights are trained
+    model/pipeline_folder.py   a fine-tuned model as a whole pipeline on disk
+    model/adapters.py   LoRA or the model's own weights: attach, save, load
     resolve.py          what the checkpoint decides where the user did not
     prepare.py          data + encoders → prepared set
     inspection.py       a data set as training would see it, with its problems

@@ -120,7 +120,10 @@ def run_train(options: Train) -> None:
     run = train(options)
     if PartialState().is_main_process:  # not the variable RANK, which a user may have set for something else
         run_report(Report(run=run))
-        logger.info("LoRA       %s", run / "pytorch_lora_weights.safetensors")
+        if (run / "model_index.json").is_file():
+            logger.info("model      %s", run)
+        else:
+            logger.info("LoRA       %s", run / "pytorch_lora_weights.safetensors")
 
 
 def run_sample(options: Sample) -> None:

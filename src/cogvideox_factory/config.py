@@ -234,15 +234,35 @@ class ConditioningOptions:
 
 
 @option_group
+class MethodOptions:
+    """What is trained, and what of it is kept."""
+
+    training_type: Literal["lora", "sft"] = "lora"
+    """lora: a small adapter beside the frozen model. sft: the weights of the model themselves (full fine-tuning)."""
+    trainable_modules: tuple[str, ...] = ()
+    """With sft: the modules whose weights are trained, by name (transformer_blocks.0), part of a name (attn1) or
+    pattern ("transformer_blocks.*.ff"). Default: the whole transformer."""
+    ema_decay: Annotated[
+        float | None, tyro.conf.arg(metavar="DECAY"), MoreThan(0), Within(0, 1, includes_high=False)
+    ] = None
+    """Keep a moving average of the trained weights, average = DECAY × average + (1 - DECAY) × weights after each step,
+    and show and export it instead of the last weights. It spans about 1 / (1 - DECAY) steps. Default: none."""
+
+
+@option_group
 class LoraOptions:
     """The adapter that is trained while the base model stays frozen."""
 
     rank: Annotated[int, AtLeast(1)] = 64
     """Rank of the LoRA matrices."""
     lora_alpha: Annotated[float, MoreThan(0)] = 64
-    """Scale of the adapter: its output is multiplied by lora_alpha / rank. Saved with the weights."""
+    """Scale of the adapter: its output is multiplied by lora_alpha / rank. The exported file has it in its weights."""
     target_modules: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
     """Names of the linear layers that get an adapter."""
+    use_rslora: bool = False
+    """Scale by lora_alpha / sqrt(rank) instead, which keeps large ranks learning (rank-stabilized LoRA)."""
+    use_dora: bool = False
+    """Train direction and magnitude of each weight apart (DoRA): closer to full fine-tuning, slower."""
 
 
 @option_group
@@ -260,8 +280,8 @@ class TrainingOptions:
     max_train_steps: Count = None
     """Optimizer steps in all."""
     mixed_precision: Annotated[Literal["no", "fp16", "bf16"] | None, tyro.conf.arg(metavar="{no,fp16,bf16}")] = None
-    """Precision of the frozen base model; noise and loss are always fp32, trained weights are unless
-    --trainable_dtype says otherwise. no: fp32. Default: the checkpoint's own type on a GPU, fp32 on a CPU."""
+    """Precision of the model; noise and loss are always fp32, and a LoRA is unless --trainable_dtype says otherwise.
+    no: fp32. Default: the checkpoint's own type on a GPU (with sft, bf16 where that is fp16), fp32 on a CPU."""
     gradient_checkpointing: bool = False
     """Recompute each block in the backward pass instead of keeping its activations: far less memory, about a third
     more time."""
@@ -518,7 +538,7 @@ class Prepare:
 
 @option_group
 class Train:
-    """Fine-tune a LoRA on the clips of a folder, or on a prepared set.
+    """Fine-tune a LoRA, or the whole model, on the clips of a folder or on a prepared set.
 
     Raw clips are first prepared into the run's folder; the encoders have left the memory when the training starts.
     """
@@ -527,6 +547,7 @@ class Train:
     data: DataOptions = field(default_factory=DataOptions)
     encoding: EncodingOptions = field(default_factory=EncodingOptions)
     conditioning: ConditioningOptions = field(default_factory=ConditioningOptions)
+    method: MethodOptions = field(default_factory=MethodOptions)
     lora: LoraOptions = field(default_factory=LoraOptions)
     training: TrainingOptions = field(default_factory=TrainingOptions)
     objective: ObjectiveOptions = field(default_factory=ObjectiveOptions)
@@ -564,9 +585,9 @@ class Sample:
     output: PathOption = None
     """The file to write, ending in .mp4, or a folder for one lossless PNG a frame."""
     run: PathOption = None
-    """Folder that `train` wrote: its base model with its LoRA."""
+    """Folder that `train` wrote: its base model with its LoRA, or the model that it fine-tuned."""
     step: Annotated[int | None, tyro.conf.arg(metavar="N"), AtLeast(0)] = None
-    """Take the run's checkpoint of this step instead of its final LoRA; 0 is the base model."""
+    """Take the run's checkpoint of this step instead of its final weights; 0 is the base model."""
     lora: PathOption = None
     """A LoRA file, or a folder with pytorch_lora_weights.safetensors."""
     fps: Rate = None

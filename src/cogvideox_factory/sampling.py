@@ -29,10 +29,17 @@ from cogvideox_factory.data.files import make_output_folder, write_durably
 from cogvideox_factory.data.images import fit_image, read_image
 from cogvideox_factory.data.video import write_video
 from cogvideox_factory.model import denoiser, encoders
-from cogvideox_factory.model.adapters import LORA_FILE, check_lora_fits, find_lora
+from cogvideox_factory.model.adapters import (
+    find_export,
+    find_lora,
+    has_trained_weights,
+    holds_lora,
+    load_trained,
+)
 from cogvideox_factory.model.device import default_device
 from cogvideox_factory.model.encoders import load_vae, spare_memory, tell_if_cut
 from cogvideox_factory.model.family import Checkpoint, open_checkpoint, with_conditioning
+from cogvideox_factory.model.pipeline_folder import is_pipeline
 from cogvideox_factory.resolve import check_positions
 from cogvideox_factory.run_folder import checkpoint_folder, step_folders, step_of
 
@@ -49,19 +56,13 @@ class Video:
     image: str | None = None  # that it starts from: a path relative to the folder of all validations
 
 
-def pipeline_from_disk(checkpoint: Checkpoint, lora: Path | None, dtype: torch.dtype):
-    """The whole stock pipeline of a checkpoint, with a LoRA at strength 1.0 where one is given."""
+def pipeline_from_disk(checkpoint: Checkpoint, trained: Path | None, dtype: torch.dtype):
+    """The whole stock pipeline of a checkpoint, with a LoRA or weights of a run's checkpoint where they are given."""
     pipeline = checkpoint.pipeline_class.from_pretrained(checkpoint.folder, variant=checkpoint.variant, dtype=dtype)
     denoiser.follow_config(pipeline.transformer, checkpoint)
     encoders.follow_config(pipeline.vae, checkpoint)
-    if lora is not None:
-        file = find_lora(lora)
-        check_lora_fits(file, pipeline.transformer, checkpoint.name)
-        try:
-            pipeline.load_lora_weights(file.parent, weight_name=file.name)
-        except (ValueError, RuntimeError, OSError, KeyError) as error:
-            reason = " ".join(str(error).split())
-            raise UserError(f"--lora {lora}: does not fit {checkpoint.name}: {reason}") from error
+    if trained is not None:
+        load_trained(pipeline, trained, checkpoint.name)
     return pipeline
 
 
@@ -187,10 +188,17 @@ def run(options: Sample) -> dict[str, Any]:
     if options.run and not (options.run / "config.yaml").is_file():
         raise UserError(f"--run {options.run}: holds no run (no config.yaml); give a folder that `train` wrote")
     settings = read_config(options.run / "config.yaml") if options.run else {}
-    lora = _lora_of(options)
-    if lora is not None:
-        find_lora(lora)  # before a model is downloaded
+    trained = _trained_weights(options)
+    if options.lora is not None:
+        find_lora(options.lora)  # before a model is downloaded
     model = options.model
+    if options.run and trained and is_pipeline(trained):  # full fine-tuning: a whole model, which needs no base
+        if model.pretrained_model_name_or_path is not None:
+            raise UserError(
+                f"--pretrained_model_name_or_path {model.pretrained_model_name_or_path}: --run {options.run} is a "
+                "whole model, which needs no base; leave one of them out"
+            )
+        model, trained = ModelOptions(pretrained_model_name_or_path=str(trained)), None
     if model.pretrained_model_name_or_path is None:
         if not settings:
             raise UserError("give --run, or --pretrained_model_name_or_path (with --lora, if you like)")
@@ -210,7 +218,7 @@ def run(options: Sample) -> dict[str, Any]:
     check_positions(checkpoint, [(sampling.num_frames, sampling.height, sampling.width)])
     make_output_folder(options.output.parent, "--output")
     max_tokens = settings.get("max_sequence_length") or checkpoint.max_text_tokens
-    pipeline = pipeline_from_disk(checkpoint, lora, checkpoint.dtype_for(options.dtype, device))
+    pipeline = pipeline_from_disk(checkpoint, trained, checkpoint.dtype_for(options.dtype, device))
     tell_if_cut(pipeline.tokenizer, options.prompt, max_tokens)
     place(pipeline, checkpoint, sampling, device)
     video = generate(
@@ -230,7 +238,8 @@ def run(options: Sample) -> dict[str, Any]:
         **({"image": options.image} if options.image else {}),
         "seed": options.seed,
         "model": checkpoint.name,
-        "lora": str(lora) if lora else None,
+        "lora": str(trained) if trained and holds_lora(trained) else None,
+        "weights": str(trained) if trained and not holds_lora(trained) else None,
         "frames": len(video),
         "height": video.shape[1],
         "width": video.shape[2],
@@ -256,8 +265,8 @@ def _conditioning_of(options: Sample, settings: Mapping[str, Any]) -> Conditioni
     )
 
 
-def _lora_of(options: Sample) -> Path | None:
-    """Where the LoRA lies that the options name."""
+def _trained_weights(options: Sample) -> Path | None:
+    """Where what the options name lies: a LoRA, what a run exported, or one of its checkpoints."""
     if options.run is None:
         if options.step is not None:
             raise UserError(f"--step {options.step}: is a step of a run; give --run too")
@@ -266,13 +275,13 @@ def _lora_of(options: Sample) -> Path | None:
         raise UserError("--run and --lora: give one of them")
     if options.step == 0:
         return None
-    folders = step_folders(options.run / "checkpoints")
-    steps = [step_of(folder) for folder in folders if (folder / LORA_FILE).is_file()]
+    steps = [step_of(folder) for folder in step_folders(options.run / "checkpoints") if has_trained_weights(folder)]
     present = f"it has {', '.join(map(str, steps)) or 'none'}"
     if options.step is None:
-        if not (options.run / LORA_FILE).is_file():
+        if find_export(options.run) is None:
             raise UserError(
-                f"--run {options.run}: has no {LORA_FILE} yet; --step takes one of its checkpoints ({present})"
+                f"--run {options.run}: has nothing trained to the end yet; --step takes one of its checkpoints "
+                f"({present})"
             )
         return options.run
     if options.step not in steps:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections.abc import Callable
@@ -13,8 +14,9 @@ import torch
 from diffusers import CogVideoXPipeline
 from peft import LoraConfig
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from cogvideox_factory import __version__
 from cogvideox_factory.config import LoraOptions, UserError
 from cogvideox_factory.model.adapters import LORA_FILE, attach_lora, find_lora, save_lora, trainable_parameters
 from cogvideox_factory.model.denoiser import load_transformer
@@ -110,6 +112,21 @@ def test_adapter_is_the_one_that_peft_makes_of_the_same_settings(
     assert torch.equal(output(ours), output(theirs))
 
 
+@pytest.mark.parametrize("variant", [{"use_dora": True}, {"use_rslora": True}, {"use_dora": True, "use_rslora": True}])
+def test_variants_are_those_of_peft(checkpoint: Checkpoint, variant: dict[str, Any]) -> None:
+    ours = with_lora(checkpoint, LoraOptions(rank=4, lora_alpha=6, **variant), seed=11)
+    theirs = load_transformer(checkpoint, torch.float32)
+    torch.manual_seed(11)
+    theirs.add_adapter(LoraConfig(r=4, lora_alpha=6, target_modules=list(TARGETS), **variant))
+    assert set(trainable_parameters(ours)) == set(trainable_parameters(theirs))
+    assert any("magnitude" in name for name in trainable_parameters(ours)) == variant.get("use_dora", False)
+    plain = with_lora(checkpoint, LoraOptions(rank=4, lora_alpha=6), seed=11)
+    for transformer in (ours, theirs, plain):
+        randomize(transformer)
+    assert torch.equal(output(ours), output(theirs))
+    assert not torch.allclose(output(ours), output(plain), atol=1e-4)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_first_weights_depend_on_the_seed_alone(checkpoint: Checkpoint, dtype: torch.dtype) -> None:
     def first_weights(seed: int, global_seed: int) -> torch.Tensor:
@@ -172,19 +189,44 @@ def test_layer_of_another_kind_is_refused(checkpoint: Checkpoint) -> None:
 # --- saving ---
 
 
-@pytest.mark.parametrize(("rank", "alpha"), [(4, 8.0), (8, 2.0), (4, 4.0)])
-def test_saved_lora_means_the_same_to_stock_diffusers(
-    checkpoint: Checkpoint, tiny_model: Path, tmp_path: Path, rank: int, alpha: float
+SCALED = [  # options, and whether their scale is a power of two, by which a product is exact
+    ({"rank": 4, "lora_alpha": 8.0}, True),
+    ({"rank": 8, "lora_alpha": 2.0}, True),
+    ({"rank": 4, "lora_alpha": 4.0}, True),
+    ({"rank": 3, "lora_alpha": 0.5}, False),
+    ({"rank": 4, "lora_alpha": 4.0, "use_rslora": True}, True),  # 4 / sqrt(4)
+    ({"rank": 8, "lora_alpha": 4.0, "use_rslora": True}, False),
+    ({"rank": 4, "lora_alpha": 8.0, "use_dora": True}, True),
+    ({"rank": 3, "lora_alpha": 5.0, "use_dora": True}, False),
+    ({"rank": 16, "lora_alpha": 8.0, "use_dora": True, "use_rslora": True}, True),
+]
+
+
+@pytest.mark.parametrize("has_metadata", [True, False], ids=["with-metadata", "without"])
+@pytest.mark.parametrize(("settings", "is_exact"), SCALED, ids=str)
+def test_saved_lora_means_the_same_to_stock_diffusers_whatever_it_reads(
+    checkpoint: Checkpoint,
+    tiny_model: Path,
+    tmp_path: Path,
+    settings: dict[str, Any],
+    is_exact: bool,
+    has_metadata: bool,
 ) -> None:
-    transformer = with_lora(checkpoint, LoraOptions(rank=rank, lora_alpha=alpha))
+    """A reader that does not know of the metadata takes alpha = rank."""
+    transformer = with_lora(checkpoint, LoraOptions(**settings))
     randomize(transformer)
-    path = save_lora(transformer, tmp_path / "run")
+    path = save_lora(transformer, tmp_path / "run", checkpoint)
     assert path == tmp_path / "run" / LORA_FILE
+    if not has_metadata:
+        save_file(load_file(path), path)
     pipeline = CogVideoXPipeline.from_pretrained(tiny_model)
     base = output(pipeline.transformer)
     pipeline.load_lora_weights(path.parent, weight_name=path.name)
     assert not torch.allclose(base, output(transformer), atol=1e-3)
-    assert torch.equal(output(pipeline.transformer), output(transformer))
+    if is_exact:
+        assert torch.equal(output(pipeline.transformer), output(transformer))
+    else:
+        assert torch.allclose(output(pipeline.transformer), output(transformer), rtol=0, atol=1e-5)
 
 
 def test_saved_lora_is_found_by_stock_diffusers_under_its_default_name(
@@ -209,17 +251,28 @@ def test_saved_lora_of_a_bf16_base_keeps_the_fp32_weights(checkpoint: Checkpoint
     assert tensors.keys() == expected.keys()
     for name, value in tensors.items():
         assert value.dtype == torch.float32
-        assert torch.equal(value, expected[name])
+        assert torch.equal(value, expected[name] * (2 if "lora_B" in name else 1))  # alpha / rank
 
 
-@pytest.mark.parametrize(("rank", "alpha"), [(4, 8.0), (3, 0.5)])
-def test_metadata_holds_rank_alpha_and_targets(checkpoint: Checkpoint, tmp_path: Path, rank: int, alpha: float) -> None:
-    file = save_lora(with_lora(checkpoint, LoraOptions(rank=rank, lora_alpha=alpha)), tmp_path)
-    with safe_open(file, "pt") as tensors:
-        metadata = json.loads(tensors.metadata()["lora_adapter_metadata"])
-    assert metadata["transformer.r"] == rank
-    assert metadata["transformer.lora_alpha"] == alpha
-    assert set(metadata["transformer.target_modules"]) == set(TARGETS)
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_metadata_describes_a_plain_lora_and_names_its_base(
+    checkpoint: Checkpoint, tmp_path: Path, use_rslora: bool
+) -> None:
+    transformer = with_lora(checkpoint, LoraOptions(rank=3, lora_alpha=0.5, use_rslora=use_rslora))
+    with safe_open(save_lora(transformer, tmp_path, checkpoint), "pt") as tensors:
+        metadata = tensors.metadata()
+    assert metadata["base_model"] == checkpoint.folder.name  # of a local model no path of this machine
+    assert metadata["cogvideox_factory_version"] == __version__
+    described = json.loads(metadata["lora_adapter_metadata"])
+    assert described["transformer.r"] == described["transformer.lora_alpha"] == 3
+    assert described["transformer.use_rslora"] is False
+    assert set(described["transformer.target_modules"]) == set(TARGETS)
+
+
+def test_a_base_on_the_hub_is_named_as_there(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    base = dataclasses.replace(checkpoint, name="THUDM/CogVideoX-5b")
+    with safe_open(save_lora(with_lora(checkpoint), tmp_path, base), "pt") as tensors:
+        assert tensors.metadata()["base_model"] == "THUDM/CogVideoX-5b"
 
 
 def test_saving_leaves_one_file_and_the_model_as_it_was(checkpoint: Checkpoint, tmp_path: Path) -> None:

@@ -70,7 +70,7 @@ def written(monkeypatch: pytest.MonkeyPatch) -> Written:
 def transformer(checkpoint: Checkpoint):
     """A model whose adapter changes something."""
     transformer = load_transformer(checkpoint, torch.float32)
-    attach_lora(transformer, LoraOptions(rank=4, lora_alpha=12), seed=0)
+    attach_lora(transformer, LoraOptions(rank=4, lora_alpha=16), seed=0)
     generator = torch.Generator().manual_seed(3)
     for name, parameter in transformer.named_parameters():
         if "lora_B" in name:

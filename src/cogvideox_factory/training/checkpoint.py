@@ -1,8 +1,9 @@
 """Saving a training so that it goes on exactly where it stopped.
 
     checkpoints/step-00000500/
-      pytorch_lora_weights.safetensors   what diffusers loads, for trying out
+      pytorch_lora_weights.safetensors   of a LoRA: what diffusers loads, for trying out
       trainable.safetensors              the trained weights as the optimizer holds them (fp32 masters if any)
+      ema.safetensors                    their moving average, where one is kept
       optimizer.safetensors, state.json  everything else that resumes
 
 A checkpoint is written in a folder of another name, flushed and renamed: it is complete or absent. Rejected:
@@ -25,8 +26,9 @@ from safetensors.torch import load_file, save_file
 from cogvideox_factory.config import UserError
 from cogvideox_factory.data.files import write_durably
 from cogvideox_factory.data.sampler import Layout, Position
-from cogvideox_factory.model.adapters import save_lora, trainable_parameters
+from cogvideox_factory.model.adapters import TRAINED_FILE, is_lora, save_lora, trainable_parameters
 from cogvideox_factory.run_folder import checkpoint_folder, list_checkpoints, set_aside_after
+from cogvideox_factory.training.ema import WeightAverage, averaged
 from cogvideox_factory.training.fp32_steps import held_weights, set_weights
 from cogvideox_factory.training.tensor_tree import flatten, unflatten
 
@@ -45,14 +47,16 @@ class TrainState:
     scaler: Mapping[str, Any] = field(default_factory=dict)
 
 
-def save_checkpoint(run: Path, state: TrainState, transformer, optimizer, keep: int | None) -> Path:
+def save_checkpoint(
+    run: Path, state: TrainState, transformer, optimizer, keep: int | None, average: WeightAverage | None = None
+) -> Path:
     """Write the checkpoint of `state.step`, then remove the oldest beyond `keep`."""
     folder = checkpoint_folder(run, state.step)
     part = folder.with_name(f".{folder.name}.part")
     for unfinished in folder.parent.glob(".step-*.part"):  # of a run that died while it saved
         shutil.rmtree(unfinished, ignore_errors=True)
     try:
-        _write_checkpoint(part, state, transformer, optimizer)
+        _write_checkpoint(part, state, transformer, optimizer, average)
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)  # a full disk needs its space back
         raise
@@ -65,11 +69,15 @@ def save_checkpoint(run: Path, state: TrainState, transformer, optimizer, keep: 
     return folder
 
 
-def _write_checkpoint(part: Path, state: TrainState, transformer, optimizer) -> None:
+def _write_checkpoint(part: Path, state: TrainState, transformer, optimizer, average: WeightAverage | None) -> None:
     part.mkdir(parents=True)
-    save_lora(transformer, part)
+    if is_lora(transformer):  # full fine-tuning is tried out from the weights as they are, which are gigabytes
+        with averaged(average):
+            save_lora(transformer, part)
+    if average:
+        average.save(part)
     weights = held_weights(optimizer, trainable_parameters(transformer))
-    _save_tensors({name: value.cpu() for name, value in weights.items()}, part / "trainable.safetensors")
+    _save_tensors({name: value.cpu() for name, value in weights.items()}, part / TRAINED_FILE)
     tensors, rest = flatten(optimizer.state_dict(), "state")
     tensors["rng.torch"] = torch.get_rng_state()
     if torch.cuda.is_available():
@@ -88,7 +96,7 @@ def read_state(folder: Path) -> TrainState:
         raise UserError(f"checkpoint {folder} cannot be read: {error}") from error
 
 
-def load_checkpoint(folder: Path, transformer, optimizer) -> TrainState:
+def load_checkpoint(folder: Path, transformer, optimizer, average: WeightAverage | None = None) -> TrainState:
     """Put weights, optimizer and generators back, and give the rest.
 
     Raises UserError where the checkpoint is of another adapter or cannot be read. That it is of the same kind of
@@ -98,15 +106,18 @@ def load_checkpoint(folder: Path, transformer, optimizer) -> TrainState:
         content = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         rest = content.pop("optimizer")
         state = _state_from_json(content)
-        weights = load_file(folder / "trainable.safetensors")
+        weights = load_file(folder / TRAINED_FILE)
         tensors = load_file(folder / "optimizer.safetensors")
         random_state, cuda_random_state = tensors.pop("rng.torch"), tensors.pop("rng.cuda", None)
         optimizer_state = unflatten(tensors, rest)
+        averages = WeightAverage.read(folder) if average else None
     except Exception as error:  # safetensors raises its own kind for every sort of damage
         raise UserError(f"checkpoint {folder} cannot be read: {error}") from error
     parameters = trainable_parameters(transformer)
     _compare(folder, weights, parameters)
     set_weights(optimizer, parameters, weights)
+    if average:
+        average.start_from(averages)
     torch.set_rng_state(random_state)
     if cuda_random_state is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(cuda_random_state)

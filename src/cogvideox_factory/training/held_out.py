@@ -54,8 +54,8 @@ class HeldOutLoss:
         every_steps: int,
         also_to: Callable[[Mapping[str, Any]], None] | None = None,
     ):
-        """`clips` drop no caption. What is written goes to `also_to` too. Lines after `last_step`, of a course that was left, are dropped; those of a start
-        at step 0 too, which may have been of another model."""
+        """`clips` drop no caption. What is written goes to `also_to` too. Lines after `last_step`, of a course that was
+        left, are dropped; those of a start at step 0 too, which may have been of another model."""
         self.clips = clips
         self.batch_size = batch_size
         self.denoiser = denoiser

@@ -1,4 +1,4 @@
-"""The training run, from options to a LoRA: `train` is read from top to bottom.
+"""The training run, from options to trained weights: `train` is read from top to bottom.
 
 State that resumes is `TrainState`; what the model goes through before it trains is `build_model`, in that order.
 """
@@ -26,7 +26,7 @@ from cogvideox_factory.data.loader import PreparedClips, StepBatches, load_steps
 from cogvideox_factory.data.sampler import Sampler
 from cogvideox_factory.data.split import num_videos, overlap, split_entries
 from cogvideox_factory.data.store import Entry, PreparedSet
-from cogvideox_factory.model.adapters import LORA_FILE, attach_lora, save_lora, trainable_parameters
+from cogvideox_factory.model.adapters import attach, describe_method, export, find_export, trainable_parameters
 from cogvideox_factory.model.denoiser import Denoiser, load_scheduler, load_transformer
 from cogvideox_factory.model.device import free_memory
 from cogvideox_factory.model.family import Checkpoint, open_checkpoint, with_conditioning
@@ -36,6 +36,7 @@ from cogvideox_factory.resolve import check_positions
 from cogvideox_factory.run_folder import set_aside_after
 from cogvideox_factory.stopping import Stopped, StopRequest, stop_requests
 from cogvideox_factory.training.checkpoint import TrainState, save_checkpoint
+from cogvideox_factory.training.ema import averaged, build_average
 from cogvideox_factory.training.held_out import HeldOutLoss
 from cogvideox_factory.training.hub import open_repository
 from cogvideox_factory.training.metrics import MemoryMeter, MetricsLog
@@ -66,7 +67,7 @@ class TrainingData:
 
 
 def train(options: Train) -> Path:
-    """Train a LoRA as the options say, and give the run's folder.
+    """Train as the options say, and give the run's folder.
 
     Raises UserError for what cannot be done as asked, and Stopped after a signal, with everything saved.
     """
@@ -114,8 +115,8 @@ def train(options: Train) -> Path:
                 memory.record("memory_after_testing", memory.peak())
             memory.write()
             if validation.videos and not validation.is_done(state.step):
-                stop.check(f"the LoRA in {run} is complete, the videos of its last test are not; start again for them")
-            trained = Trained.of(checkpoint, "lora")
+                stop.check(f"what was trained is saved in {run}, not all videos of its test are; start again for them")
+            trained = Trained.of(checkpoint, options.method.training_type)
             name = repository.name if repository else None
             write_model_card(run, options, checkpoint, data.entries, state.step, validation.videos, trained, name)
         accelerator.wait_for_everyone()
@@ -135,7 +136,7 @@ def train_steps(
     trackers: Trackers,
     stop: StopRequest,
 ) -> TrainState:
-    """All optimizer steps that are left, then the LoRA in the run's folder. Raises Stopped after a signal."""
+    """All optimizer steps that are left, then what was trained in the run's folder. Raises Stopped after a signal."""
     assert options.output_dir is not None
     run, device, training = options.output_dir, accelerator.device, options.training
     sampler = Sampler(
@@ -151,10 +152,11 @@ def train_steps(
     scheduler = load_scheduler(checkpoint)
     denoiser = Denoiser(checkpoint, dtype)
     parameters = list(trainable_parameters(transformer).values())
+    average = build_average(trainable_parameters(transformer), options.method.ema_decay)
 
     # How long the training is can depend on where it stands, and the course of the learning rate on how long it is.
     raw_optimizer = build_optimizer(parameters, options.optimizer, sampler.clips_per_step)
-    state = resume(options, checkpoint, transformer, raw_optimizer, accelerator, data.entries, sampler)
+    state = resume(options, checkpoint, transformer, raw_optimizer, accelerator, data.entries, sampler, average)
     steps_left = sampler.steps_left(state.position, training.num_train_epochs)
     num_steps = training.max_train_steps or state.step + steps_left
     schedule = schedule_at(state.step, raw_optimizer, options.optimizer, num_steps)
@@ -162,8 +164,9 @@ def train_steps(
     trackers.start_after(state.step, options)
     if state.step >= num_steps:
         logger.info("nothing left to train: this run is finished")
-        if accelerator.is_main_process and not (run / LORA_FILE).is_file():
-            save_lora(transformer, run)
+        if accelerator.is_main_process and find_export(run) is None:
+            with averaged(average):
+                export(transformer, checkpoint, run)
         return state
     if accelerator.is_main_process:  # only now: a run that is refused or finished keeps its own
         write_config(without_resume(options), run / "config.yaml")
@@ -217,7 +220,7 @@ def train_steps(
         if accelerator.is_main_process:
             state.scaler = accelerator.scaler.state_dict() if accelerator.scaler else {}
             keep = training.checkpoints_total_limit
-            logger.info("saved      %s", save_checkpoint(run, state, transformer, raw_optimizer, keep))
+            logger.info("saved      %s", save_checkpoint(run, state, transformer, raw_optimizer, keep, average))
         accelerator.wait_for_everyone()
 
     first_step = state.step
@@ -227,7 +230,8 @@ def train_steps(
             if state.step > first_step:
                 memory.record("memory_before_validation", memory.peak())
             memory.start_phase()
-            validation.run_in_memory(state.step, transformer, scheduler, dtype, device)
+            with averaged(average):
+                validation.run_in_memory(state.step, transformer, scheduler, dtype, device)
             free_memory()
             memory.record("memory_after_validation", memory.peak())
             memory.start_phase()
@@ -259,6 +263,8 @@ def train_steps(
                     "--learning_rate, or set --max_grad_norm"
                 )
             schedule.step()
+            if average:
+                average.update()
             state.step += 1
             state.samples_seen += step.num_clips
             state.position = sampler.after(step.position)
@@ -294,7 +300,8 @@ def train_steps(
             f"--config {run / 'config.yaml'} --resume_from_checkpoint latest"
         )
     if accelerator.is_main_process:
-        save_lora(transformer, run)
+        with averaged(average):
+            export(transformer, checkpoint, run)
     return state
 
 
@@ -377,10 +384,9 @@ def most_frequent_bucket(entries: list[Entry]) -> Bucket:
 def build_model(options: Train, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device):
     """The transformer as it trains. The order matters; each line says what it must come after."""
     transformer = load_transformer(checkpoint, dtype)  # frozen, in the base's type
-    attach_lora(transformer, options.lora, options.seed)  # after the base has its type: the adapter is fp32
-    if options.optimizer.trainable_dtype == "bf16":
-        for parameter in trainable_parameters(transformer).values():
-            parameter.data = parameter.data.bfloat16()  # the optimizer rounds stochastically
+    # After the base has its type, in which its own weights are trained; a LoRA has one of its own.
+    keeps_bf16 = options.optimizer.trainable_dtype == "bf16"
+    attach(transformer, options.method, options.lora, options.seed, keeps_bf16=keeps_bf16)
     if options.training.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()  # after all layers are in their blocks
     return transformer.to(device)
@@ -435,9 +441,8 @@ def describe(
     sizes = ", ".join(f"{buckets.count(bucket)} of {bucket}" for bucket in sorted(set(buckets)))
     logger.info("model      %s (%s)", checkpoint.name, checkpoint.task)
     logger.info(
-        "method     LoRA, rank %d, alpha %g, %s trainable parameters",
-        options.lora.rank,
-        options.lora.lora_alpha,
+        "method     %s, %s trainable parameters",
+        describe_method(options.method, options.lora),
         f"{sum(parameter.numel() for parameter in parameters):,}",
     )
     logger.info("clips      %s (frames × height × width)", sizes)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -17,8 +18,10 @@ from cogvideox_factory.config import OptimizerOptions, Train, UserError
 from cogvideox_factory.data.files import hash_of
 from cogvideox_factory.data.sampler import Position, Sampler
 from cogvideox_factory.data.store import Entry
+from cogvideox_factory.model.adapters import identity_of
 from cogvideox_factory.model.family import Checkpoint
 from cogvideox_factory.training.checkpoint import TrainState, find_checkpoint, load_checkpoint, read_state
+from cogvideox_factory.training.ema import WeightAverage
 from cogvideox_factory.training.optimizers import build_schedule, keep_settings, optimizer_name, set_rate
 
 logger = logging.getLogger(__name__)
@@ -32,6 +35,7 @@ def resume(
     accelerator: Accelerator,
     entries: Sequence[Entry],
     sampler: Sampler,
+    average: WeightAverage | None = None,
 ) -> TrainState:
     """The state of a new training, or that of the checkpoint which the options name, loaded into model and optimizer.
 
@@ -45,11 +49,12 @@ def resume(
         if choice:
             logger.info("no checkpoint in %s yet: starting from the beginning", options.output_dir)
         return fresh
-    check_same_optimizer(read_state(folder), options.optimizer, f"checkpoint {folder}")  # before its state is loaded
+    before = read_state(folder)
+    check_identity(before.identity, fresh.identity, f"checkpoint {folder}")
+    check_same_optimizer(before, options.optimizer, f"checkpoint {folder}")  # before its state is loaded
     settings = [dict(group) for group in optimizer.param_groups]
-    saved = load_checkpoint(folder, transformer, optimizer)
+    saved = load_checkpoint(folder, transformer, optimizer, average)
     keep_settings(optimizer, settings)  # those of the options, not those of the checkpoint
-    check_identity(saved, fresh, f"checkpoint {folder}")
     tell_optimizer_changes(saved, fresh)
     if accelerator.scaler and saved.scaler:
         accelerator.scaler.load_state_dict(dict(saved.scaler))
@@ -63,9 +68,7 @@ def new_state(options: Train, checkpoint: Checkpoint, entries: Sequence[Entry], 
     return TrainState(
         identity={
             "base model": checkpoint.fingerprint("transformer"),
-            "--rank": options.lora.rank,
-            "--lora_alpha": options.lora.lora_alpha,
-            "--target_modules": sorted(options.lora.target_modules),
+            **identity_of(options.method, options.lora),
             **{f"--{name}": value for name, value in dataclasses.asdict(options.conditioning).items()},
         },
         optimizer_options={**dataclasses.asdict(options.optimizer), **dataclasses.asdict(options.objective)},
@@ -74,12 +77,12 @@ def new_state(options: Train, checkpoint: Checkpoint, entries: Sequence[Entry], 
     )
 
 
-def check_identity(saved: TrainState, fresh: TrainState, name: str) -> None:
-    """Raises UserError where the saved weights are not of the model and adapter that the options ask for."""
-    for what, value in fresh.identity.items():
-        if saved.identity.get(what) != value:
+def check_identity(saved: Mapping[str, Any], fresh: Mapping[str, Any], name: str) -> None:
+    """Raises UserError where the saved weights are not of the model and method that the options ask for."""
+    for what, value in fresh.items():
+        if saved.get(what) != value:
             raise UserError(
-                f"{name} is of another {what}: {saved.identity.get(what)} there, {value} here; start anew in another "
+                f"{name} is of another {what}: {saved.get(what)} there, {value} here; start anew in another "
                 "--output_dir"
             )
 

@@ -16,6 +16,7 @@ from typing import Any
 from cogvideox_factory.config import DataOptions, HeldOutOptions, Train, UserError
 from cogvideox_factory.data.files import make_output_folder
 from cogvideox_factory.data.store import PreparedSet
+from cogvideox_factory.model.adapters import check_method, needs_bf16
 from cogvideox_factory.model.family import Checkpoint
 from cogvideox_factory.prepare import check_prepared
 from cogvideox_factory.resolve import check_positions, check_text_length, resolve_data_options
@@ -28,6 +29,10 @@ def resolve_options(options: Train, checkpoint: Checkpoint) -> Train:
     """Options as they will be used and written down: what has its default from the checkpoint or from the prepared
     set is filled in, and folders are absolute, so that the run can be repeated and sampled from anywhere."""
     assert options.output_dir is not None and options.data.data_root is not None
+    check_method(options.method, options.lora, options.training.mixed_precision)
+    training = options.training
+    if training.mixed_precision is None and needs_bf16(options.method, checkpoint):
+        training = dataclasses.replace(training, mixed_precision="bf16")
     check_text_length(checkpoint, options.encoding.max_sequence_length)
     data = dataclasses.replace(options.data, data_root=options.data.data_root.absolute())
     encoding = options.encoding
@@ -53,6 +58,7 @@ def resolve_options(options: Train, checkpoint: Checkpoint) -> Train:
         model=model,
         data=data,
         encoding=encoding,
+        training=training,
         optimizer=resolve_optimizer_options(options.optimizer),
         held_out=held_out,
         output_dir=options.output_dir.absolute(),

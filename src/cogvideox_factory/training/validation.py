@@ -16,6 +16,7 @@ from cogvideox_factory.data.buckets import Bucket
 from cogvideox_factory.data.images import read_image
 from cogvideox_factory.data.store import Entry, PreparedSet
 from cogvideox_factory.data.video import write_video
+from cogvideox_factory.model.adapters import exported_model
 from cogvideox_factory.model.device import free_memory
 from cogvideox_factory.model.family import Checkpoint
 from cogvideox_factory.prepare import encode_prompts
@@ -123,11 +124,11 @@ class Validation:
             transformer.train(was_training)
 
     def run_from_saved(self, step: int, device: torch.device) -> bool:
-        """Videos of the base model with the saved LoRA, all by stock diffusers; whether there were any to make."""
+        """Videos of what the run saved, all by stock diffusers; whether there were any to make."""
         if not self.videos or self.is_done(step):
             return False
         dtype = self.checkpoint.dtype_for(self.options.training.mixed_precision, device)
-        pipeline = pipeline_from_disk(self.checkpoint, self.run, dtype)
+        pipeline = pipeline_from_disk(*exported_model(self.run, self.checkpoint), dtype)
         place(pipeline, self.checkpoint, self.sampling, device)
         self._write(step, lambda video: self._generate(pipeline, video, prompt=video.prompt))
         return True
