@@ -112,12 +112,17 @@ def test_the_scripts_run_as_they_are_when_their_variables_point_to_small_input(
     assert (tmp_path / "sft/model_index.json").exists() and (tmp_path / "sft/report.html").exists()
 
 
-def test_the_script_for_image_to_video_runs(member: Callable[[str], Path], clips: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("script", "result"), [("lora", "pytorch_lora_weights.safetensors"), ("sft", "model_index.json")]
+)
+def test_the_scripts_for_image_to_video_run(
+    script: str, result: str, member: Callable[[str], Path], clips: Path, tmp_path: Path
+) -> None:
     sizes = {"FRAMES": "17", "HEIGHTS": "64", "WIDTHS": "96", "STEPS": "1", "LORA_RANK": "4", "INFERENCE_STEPS": "1"}
     train = {**sizes, "MODEL": member("5b-I2V"), "DATA_ROOT": clips, "OUTPUT_DIR": tmp_path / "run"}
-    done = run_script("train_image_to_video_lora.sh", train, "--num_image_draws", "1")
+    done = run_script(f"train_image_to_video_{script}.sh", train, "--num_image_draws", "1")
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "run/pytorch_lora_weights.safetensors").exists()
+    assert (tmp_path / "run" / result).exists()
     assert list((tmp_path / "run/validation/images").glob("*.png"))
 
 

@@ -423,8 +423,10 @@ class ValidationOptions:
     """What stands between two validation prompts, and between two images."""
     validation_images: Text = None
     """Image-to-video models: the images that the videos start from, split by the separator, one a prompt or one for
-    all. An image is a file, or first_frame: the first frame of the clip whose caption the prompt is, or
-    else of the first, second, … clip. Default: first_frame."""
+    all. An image is a file, an http(s) address, or first_frame: the first frame of the clip whose caption the prompt
+    is, or else of the first, second, … clip. Default: first_frame."""
+    allow_private_addresses: bool = False
+    """Fetch images from addresses within this machine's own network too."""
     num_validation_videos: Annotated[int, AtLeast(1)] = 1
     """Videos a prompt, each from its own noise."""
     validation_steps: Count = None
@@ -580,8 +582,10 @@ class Sample:
     prompt: Text = None
     """What the video shows."""
     image: Text = None
-    """Image-to-video models: the file of the picture that the video starts from. One of another shape is scaled to
-    cover the video and cropped around its centre."""
+    """Image-to-video models: the picture that the video starts from, a file or an http(s) address. One of another
+    shape is scaled to cover the video and cropped around its centre."""
+    allow_private_addresses: bool = False
+    """Fetch the image from an address within this machine's own network too."""
     output: PathOption = None
     """The file to write, ending in .mp4, or a folder for one lossless PNG a frame."""
     run: PathOption = None

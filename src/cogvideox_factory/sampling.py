@@ -253,7 +253,9 @@ def _image_of(options: Sample, checkpoint: Checkpoint) -> Image.Image | None:
         raise UserError(f"--image {options.image}: {checkpoint.name} is a text-to-video model and takes no image")
     if checkpoint.is_image_to_video and not options.image:
         raise UserError(f"--image is missing: {checkpoint.name} makes a video from a picture and a prompt")
-    return read_image(options.image, "--image") if options.image else None
+    if not options.image:
+        return None
+    return read_image(options.image, "--image", allow_private_addresses=options.allow_private_addresses)
 
 
 def _conditioning_of(options: Sample, settings: Mapping[str, Any]) -> ConditioningOptions:

@@ -38,7 +38,7 @@ def test_the_average_is_the_formula_from_the_first_step_on(decay: float) -> None
     expected = {name: value.detach().double() for name, value in trained.items()}
     for step in range(20):
         move(trained, step)
-        average.update()
+        average.update(trained)
         expected = {name: decay * expected[name] + (1 - decay) * value.double() for name, value in trained.items()}
     for name, value in shown(average, trained).items():
         assert torch.allclose(value.double(), expected[name].detach(), rtol=0, atol=1e-6)
@@ -50,10 +50,21 @@ def test_steps_that_bf16_cannot_tell_apart_add_up() -> None:
     average = WeightAverage({"weight": weight}, 0.999)
     weight.data.fill_(2.0)
     for _ in range(1000):
-        average.update()  # each moves the average by a thousandth at the most; bf16 has steps of 1/128 here
+        average.update(
+            {"weight": weight}
+        )  # each moves the average by a thousandth at the most; bf16 has steps of 1/128 here
     with average.swapped_in():
         assert weight.dtype == torch.bfloat16
         assert weight.item() == pytest.approx(2 - 0.999**1000, abs=0.01)
+
+
+def test_masters_are_averaged_where_there_are_any(tmp_path: Path) -> None:
+    """What bf16 weights round away is in their fp32 masters, and in the average of those."""
+    weight = torch.nn.Parameter(torch.full((1,), 1.0, dtype=torch.bfloat16))
+    average = WeightAverage({"weight": weight}, 0.0)
+    average.update({"weight": torch.full((1,), 1.001)})
+    average.save(tmp_path)
+    assert load_file(tmp_path / "ema.safetensors")["weight"].item() == pytest.approx(1.001)
 
 
 def test_the_weights_come_back_untouched_even_after_a_failure() -> None:
@@ -75,14 +86,14 @@ def test_a_saved_average_goes_on_exactly(tmp_path: Path) -> None:
     average = WeightAverage(trained, 0.9)
     for step in range(3):
         move(trained, step)
-        average.update()
+        average.update(trained)
     average.save(tmp_path)
     again = WeightAverage(trained, 0.9)
     again.start_from(WeightAverage.read(tmp_path))
     for step in range(3, 6):
         move(trained, step)
-        average.update()
-        again.update()
+        average.update(trained)
+        again.update(trained)
     for name, value in shown(average, trained).items():
         assert torch.equal(value, shown(again, trained)[name])
     assert {value.dtype for value in load_file(tmp_path / "ema.safetensors").values()} == {torch.float32}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import http.server
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from PIL import Image
 from cogvideox_factory.config import ModelOptions, UserError, ValidationOptions
 from cogvideox_factory.data.store import Entry, PreparedSet
 from cogvideox_factory.model.family import Checkpoint, open_checkpoint
-from cogvideox_factory.training.start_images import FIRST_FRAME, StartImages, sources_of
+from cogvideox_factory.training.start_images import FIRST_FRAME, StartImages, open_start_images, sources_of
 
 CPU = torch.device("cpu")
 
@@ -58,20 +60,20 @@ def test_text_to_video_takes_no_pictures(checkpoint: Checkpoint) -> None:
 
 def test_a_file_that_cannot_be_read_is_refused_at_once(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"--validation_images none\.png: no such file"):
-        StartImages(tmp_path, ["none.png"], ["x"], 64, 96)
+        StartImages(tmp_path, ["none.png"], ["x"])
 
 
-def test_given_pictures_are_kept_as_the_videos_show_them(
+def test_given_pictures_are_kept_as_they_are(
     tmp_path: Path, image_model: Checkpoint, prepared: PreparedSet, entries: list[Entry]
 ) -> None:
     first, second = (noise_picture(tmp_path / f"{seed}.png", seed) for seed in (1, 2))
-    images = StartImages(tmp_path / "kept", [str(first), str(second), str(first)], ["x", "y", "z"], 64, 96)
-    names = images.keep(image_model, prepared, entries, CPU)
+    images = StartImages(tmp_path / "kept", [str(first), str(second), str(first)], ["x", "y", "z"])
+    names = images.names(image_model, prepared, entries, CPU)
     assert names[0] == names[2] != names[1]
     for name, source in zip(names, (first, second, first), strict=True):
         assert np.array_equal(np.asarray(Image.open(tmp_path / "kept" / name)), np.asarray(Image.open(source)))
     noise_picture(first, 3)  # another picture under the same name is another picture
-    again = StartImages(tmp_path / "kept", [str(first)], ["x"], 64, 96).keep(image_model, prepared, entries, CPU)
+    again = StartImages(tmp_path / "kept", [str(first)], ["x"]).names(image_model, prepared, entries, CPU)
     assert again[0] not in names
 
 
@@ -80,8 +82,8 @@ def test_the_first_frame_is_that_of_the_clip_with_the_prompt_as_its_caption(
 ) -> None:
     """Against the stock pipeline's decoding of the clip."""
     prompts = ["no caption of the data set", entries[5].caption, "another one"]
-    images = StartImages(tmp_path, [FIRST_FRAME] * 3, prompts, 64, 96)
-    names = images.keep(image_model, prepared, entries, CPU)
+    images = StartImages(tmp_path, [FIRST_FRAME] * 3, prompts)
+    names = images.names(image_model, prepared, entries, CPU)
     pipeline = CogVideoXImageToVideoPipeline.from_pretrained(image_model.folder)
     for name, entry in zip(names, (entries[0], entries[5], entries[2]), strict=True):
         raw = prepared.read_tensors(entry.files["latents"][0])["mean"]
@@ -96,10 +98,49 @@ def test_the_first_frame_is_that_of_the_clip_with_the_prompt_as_its_caption(
 def test_a_run_that_goes_on_decodes_nothing_again(
     tmp_path: Path, image_model: Checkpoint, prepared: PreparedSet, entries: list[Entry], monkeypatch
 ) -> None:
-    images = StartImages(tmp_path, [FIRST_FRAME], ["x"], 64, 96)
-    names = images.keep(image_model, prepared, entries, CPU)
+    images = StartImages(tmp_path, [FIRST_FRAME], ["x"])
+    names = images.names(image_model, prepared, entries, CPU)
     monkeypatch.setattr("cogvideox_factory.training.start_images.load_vae", None)
-    assert images.keep(image_model, prepared, entries, CPU) == names
+    assert images.names(image_model, prepared, entries, CPU) == names
     other = dataclasses.replace(entries[1])
     with pytest.raises(TypeError):  # of another clip it does
-        images.keep(image_model, prepared, [other], CPU)
+        images.names(image_model, prepared, [other], CPU)
+
+
+class Server(http.server.BaseHTTPRequestHandler):
+    """Serves one picture, and counts how often it is asked."""
+
+    content = b""
+    requests = 0
+
+    def do_GET(self) -> None:
+        Server.requests += 1
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(self.content)))
+        self.end_headers()
+        self.wfile.write(self.content)
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+def test_a_picture_from_the_web_is_fetched_once_and_kept(
+    tmp_path: Path, image_model: Checkpoint, prepared: PreparedSet, entries: list[Entry]
+) -> None:
+    Server.content, Server.requests = noise_picture(tmp_path / "a.png", 4).read_bytes(), 0
+    with http.server.HTTPServer(("127.0.0.1", 0), Server) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}/a.png"
+        options = ValidationOptions(validation_prompt="x:::y", validation_images=address)
+        with pytest.raises(UserError, match="--validation_images http://127"):
+            open_start_images(tmp_path / "run", options, image_model)
+        options = dataclasses.replace(options, allow_private_addresses=True)
+        images = open_start_images(tmp_path / "run", options, image_model)
+        server.shutdown()
+    again = open_start_images(tmp_path / "run", options, image_model)  # though the server is gone
+    assert images and again
+    name, same = again.names(image_model, prepared, entries, CPU)
+    assert name == same and images.names(image_model, prepared, entries, CPU) == [name, name]
+    assert Server.requests == 1
+    kept = Image.open(tmp_path / "run/validation/images" / name)
+    assert np.array_equal(np.asarray(kept), np.asarray(Image.open(tmp_path / "a.png")))

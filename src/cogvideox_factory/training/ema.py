@@ -40,10 +40,10 @@ class WeightAverage:
         }
 
     @torch.no_grad()
-    def update(self) -> None:
-        """Take in the parameters as they are after an optimizer step."""
-        for name, parameter in self.parameters.items():
-            self._averages[name].lerp_(parameter.detach().float(), 1 - self.decay)
+    def update(self, weights: Mapping[str, torch.Tensor]) -> None:
+        """Take in the trained weights as they are after an optimizer step: the fp32 masters where there are any."""
+        for name, average in self._averages.items():
+            average.lerp_(weights[name].detach().to(average.device, torch.float32), 1 - self.decay)
 
     @contextlib.contextmanager
     def swapped_in(self) -> Iterator[None]:

@@ -7,36 +7,30 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import datetime
 import functools
 import logging
 import math
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import AutocastKwargs, DistributedType, InitProcessGroupKwargs
 
-from cogvideox_factory.config import RunError, Train, UserError, write_config
-from cogvideox_factory.data.buckets import Bucket
-from cogvideox_factory.data.clips import read_clips
-from cogvideox_factory.data.loader import PreparedClips, StepBatches, load_steps
+from cogvideox_factory.config import RunError, Train, write_config
+from cogvideox_factory.data.loader import StepBatches, load_steps
 from cogvideox_factory.data.sampler import Sampler
-from cogvideox_factory.data.split import num_videos, overlap, split_entries
-from cogvideox_factory.data.store import Entry, PreparedSet
+from cogvideox_factory.data.split import num_videos
 from cogvideox_factory.model.adapters import attach, describe_method, export, find_export, trainable_parameters
 from cogvideox_factory.model.denoiser import Denoiser, load_scheduler, load_transformer
 from cogvideox_factory.model.device import free_memory
 from cogvideox_factory.model.family import Checkpoint, open_checkpoint, with_conditioning
-from cogvideox_factory.prepare import PATIENCE, check_prepared, prepare
 from cogvideox_factory.progress import progress_bar
-from cogvideox_factory.resolve import check_positions
 from cogvideox_factory.run_folder import set_aside_after
 from cogvideox_factory.stopping import Stopped, StopRequest, stop_requests
 from cogvideox_factory.training.checkpoint import TrainState, save_checkpoint
 from cogvideox_factory.training.ema import averaged, build_average
+from cogvideox_factory.training.engine import make_accelerator, wrap
+from cogvideox_factory.training.fp32_steps import held_weights
 from cogvideox_factory.training.held_out import HeldOutLoss
 from cogvideox_factory.training.hub import open_repository
 from cogvideox_factory.training.metrics import MemoryMeter, MetricsLog
@@ -44,26 +38,13 @@ from cogvideox_factory.training.model_card import Trained, write_model_card
 from cogvideox_factory.training.objective import velocity_loss
 from cogvideox_factory.training.optimizers import build_optimizer, check_optimizer, clip_gradients, effective_rate
 from cogvideox_factory.training.resuming import resume, schedule_at
-from cogvideox_factory.training.run_options import (
-    claim_run_folder,
-    held_out_options,
-    naming_the_second_set,
-    resolve_options,
-    without_resume,
-)
+from cogvideox_factory.training.run_data import TrainingData, check_data_sets, clips_of, prepare_data
+from cogvideox_factory.training.run_options import claim_run_folder, resolve_options, without_resume
+from cogvideox_factory.training.start_images import open_start_images
 from cogvideox_factory.training.tracking import Trackers, choose_trackers
 from cogvideox_factory.training.validation import Validation
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class TrainingData:
-    """A prepared set with the entries to train on, and the file of the empty prompt's embedding."""
-
-    prepared: PreparedSet
-    entries: list[Entry]
-    empty_prompt: str
 
 
 def train(options: Train) -> Path:
@@ -79,25 +60,19 @@ def train(options: Train) -> Path:
     accelerator = make_accelerator(options, checkpoint)
     check_optimizer(options.optimizer, accelerator)
     device = accelerator.device
-    second_set = held_out_options(options)
-    if not options.training.load_tensors:
-        read_clips(options.data)  # what is wrong with the data set as a whole is said before a folder is made
-        if second_set:
-            with naming_the_second_set():
-                read_clips(second_set.data)
+    check_data_sets(options)  # what is wrong with one as a whole is said before a folder is made
     if accelerator.is_main_process:
         claim_run_folder(run, options)
         repository = open_repository(options)
     accelerator.wait_for_everyone()
 
+    with accelerator.main_process_first():
+        start_images = open_start_images(run, options.validation, checkpoint)
     trackers = Trackers(tracker_names if accelerator.is_main_process else (), options)
     with trackers, stop_requests() as stop:
         # Data first: the encoders have left the memory before the transformer comes.
-        data = prepare_data(options, checkpoint, accelerator, stop)
-        data, held_out_data = hold_out(options, second_set, data, checkpoint, accelerator, stop)
-        every_clip = [*data.entries, *(held_out_data.entries if held_out_data else ())]
-        check_positions(checkpoint, {entry.bucket for entry in every_clip})
-        validation = Validation(run, options, checkpoint, most_frequent_bucket(data.entries), stop)
+        data, held_out_data = prepare_data(options, checkpoint, accelerator, stop)
+        validation = Validation(run, options, checkpoint, data.most_frequent_bucket, stop, start_images)
         validation.on_written = trackers.show_videos
         with accelerator.main_process_first():
             validation.encode_prompts(device)
@@ -151,8 +126,9 @@ def train_steps(
     transformer = build_model(options, checkpoint, dtype, device)
     scheduler = load_scheduler(checkpoint)
     denoiser = Denoiser(checkpoint, dtype)
-    parameters = list(trainable_parameters(transformer).values())
-    average = build_average(trainable_parameters(transformer), options.method.ema_decay)
+    trained = trainable_parameters(transformer)
+    parameters = list(trained.values())
+    average = build_average(trained, options.method.ema_decay)
 
     # How long the training is can depend on where it stands, and the course of the learning rate on how long it is.
     raw_optimizer = build_optimizer(parameters, options.optimizer, sampler.clips_per_step)
@@ -172,33 +148,11 @@ def train_steps(
         write_config(without_resume(options), run / "config.yaml")
         set_aside_after(run / "validation", state.step)
 
-    # The optimizer's state is where it belongs already, which is not always the GPU; DeepSpeed wants no say in it.
-    placement = None if accelerator.distributed_type == DistributedType.DEEPSPEED else [True, False]
-    model, optimizer = accelerator.prepare(transformer, raw_optimizer, device_placement=placement)
-    clips = PreparedClips(
-        data.prepared,
-        data.entries,
-        data.empty_prompt,
-        seed=options.seed,
-        caption_dropout=training.caption_dropout,
-        latent_frame_multiple=checkpoint.latent_frame_multiple,
-        noised_image_dropout=training.noised_image_dropout if checkpoint.is_image_to_video else None,
-        rank=accelerator.process_index,
-        stratified_timesteps=options.objective.stratified_timesteps,
-    )
-    held_out: HeldOutLoss | None = None
-    if held_out_data:
-        held_out = HeldOutLoss(
+    model, optimizer = wrap(accelerator, transformer, raw_optimizer)
+    held_out = (
+        HeldOutLoss(
             run,
-            PreparedClips(
-                held_out_data.prepared,
-                held_out_data.entries,
-                held_out_data.empty_prompt,
-                seed=options.seed,
-                caption_dropout=0.0,
-                latent_frame_multiple=checkpoint.latent_frame_multiple,
-                noised_image_dropout=0.0 if checkpoint.is_image_to_video else None,
-            ),
+            clips_of(held_out_data, options, checkpoint, is_held_out=True),
             training.train_batch_size,
             denoiser,
             scheduler,
@@ -208,8 +162,11 @@ def train_steps(
             every_steps=options.held_out.validation_loss_steps or training.checkpointing_steps,
             also_to=functools.partial(trackers.log_line, group="held_out"),
         )
+        if held_out_data
+        else None
+    )
     steps = load_steps(
-        clips,
+        clips_of(data, options, checkpoint, accelerator.process_index),
         sampler,
         state.position,
         num_workers=training.dataloader_num_workers,
@@ -240,7 +197,8 @@ def train_steps(
     memory.record("memory_before_training", memory.current())
     validate_if_due()
     if held_out and held_out.is_due_at_start(state.step, num_steps):
-        held_out.measure(model, state.step, state.position.last_epoch)
+        with averaged(average):
+            held_out.measure(model, state.step, state.position.last_epoch)
     transformer.train()
     memory.start_phase()
     saved_step = first_step
@@ -264,7 +222,7 @@ def train_steps(
                 )
             schedule.step()
             if average:
-                average.update()
+                average.update(held_weights(raw_optimizer, trained))
             state.step += 1
             state.samples_seen += step.num_clips
             state.position = sampler.after(step.position)
@@ -285,7 +243,8 @@ def train_steps(
                 save()
                 saved_step = state.step
             if held_out and held_out.is_due(state.step, num_steps):  # what was saved is safe if this is killed
-                held_out.measure(model, state.step, step.position.epoch, is_last=state.step == num_steps)
+                with averaged(average):
+                    held_out.measure(model, state.step, step.position.epoch, is_last=state.step == num_steps)
             if state.step < num_steps:  # after the last step, what was saved is tested
                 validate_if_due()
     memory.record("memory_before_validation", memory.peak())
@@ -303,82 +262,6 @@ def train_steps(
         with averaged(average):
             export(transformer, checkpoint, run)
     return state
-
-
-def make_accelerator(options: Train, checkpoint: Checkpoint) -> Accelerator:
-    """One object for one or many processes. Autocast is never on: the base model has one type throughout."""
-    is_cpu = not torch.cuda.is_available()
-    precision = options.training.mixed_precision
-    if is_cpu and precision == "fp16":
-        raise UserError("--mixed_precision fp16: needs a GPU; on a CPU take no or bf16")
-    torch.backends.cuda.matmul.allow_tf32 = options.training.allow_tf32
-    seconds = options.training.nccl_timeout
-    timeout = PATIENCE if seconds is None else datetime.timedelta(seconds=seconds)
-    weights_are_fp16 = not is_cpu and checkpoint.dtype_for(precision, torch.device("cuda")) == torch.float16
-    return Accelerator(
-        cpu=is_cpu,
-        mixed_precision="fp16" if weights_are_fp16 else "no",  # fp16 gradients need a loss scaler, bf16 none
-        kwargs_handlers=[AutocastKwargs(enabled=False), InitProcessGroupKwargs(timeout=timeout)],
-    )
-
-
-def prepare_data(
-    options: Train, checkpoint: Checkpoint, accelerator: Accelerator, stop: StopRequest, folder: str = "prepared"
-) -> TrainingData:
-    """What to train on: the prepared set that the options name, or one made from their clips in the run's folder."""
-    assert options.output_dir is not None and options.data.data_root is not None
-    if options.training.load_tensors:
-        prepared = PreparedSet(options.data.data_root)
-        entries = prepared.read_index()
-        empty_prompt = check_prepared(checkpoint, prepared)["empty_prompt"]
-        lost = {file for entry in entries for file in entry.all_files if not prepared.has(file)}
-        if not prepared.has(empty_prompt):
-            lost.add(empty_prompt)
-        if lost:
-            raise UserError(
-                f"--data_root {prepared.folder}: {len(lost)} files of its index are missing, such as {min(lost)}; run "
-                "`prepare` again, which makes what is missing"
-            )
-        return TrainingData(prepared, entries, empty_prompt)
-    prepared = PreparedSet(options.output_dir / folder)
-    prepare(checkpoint, options.data, options.encoding, prepared, accelerator.device, stop)  # each process its part
-    accelerator.wait_for_everyone()
-    return TrainingData(prepared, prepared.read_index(), prepared.read_settings()["empty_prompt"])
-
-
-def hold_out(
-    options: Train,
-    second_set: Train | None,
-    data: TrainingData,
-    checkpoint: Checkpoint,
-    accelerator: Accelerator,
-    stop: StopRequest,
-) -> tuple[TrainingData, TrainingData | None]:
-    """What to train on, and what to measure the held-out loss on, if that is asked for.
-
-    `second_set` are the options as they would be if --validation_data_root were --data_root.
-    """
-    if second_set:
-        with naming_the_second_set():
-            held_out = prepare_data(second_set, checkpoint, accelerator, stop, "prepared-validation")
-        common = overlap(held_out.entries, data.entries)
-        if common:
-            logger.warning(
-                "--validation_data_root: %d of its %d clips are also trained on, such as %s; their loss tells nothing "
-                "of clips that are not",
-                *(len(common), len(held_out.entries), common[0].source),
-            )
-        return data, held_out
-    if options.held_out.validation_fraction:
-        trained, held = split_entries(data.entries, options.held_out.validation_fraction)
-        return dataclasses.replace(data, entries=trained), dataclasses.replace(data, entries=held)
-    return data, None
-
-
-def most_frequent_bucket(entries: list[Entry]) -> Bucket:
-    """The size that most clips have; of equals, the largest."""
-    buckets = [entry.bucket for entry in entries]
-    return max(set(buckets), key=lambda bucket: (buckets.count(bucket), bucket))
 
 
 def build_model(options: Train, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device):

@@ -6,7 +6,7 @@ clip is decoded from its latents. Rejected: to read it from the clip; where only
 
 from __future__ import annotations
 
-import os
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,13 +14,14 @@ import torch
 from PIL import Image
 
 from cogvideox_factory.config import UserError, ValidationOptions
-from cogvideox_factory.data.files import hash_of, hash_of_bytes
-from cogvideox_factory.data.images import fit_image, read_image
+from cogvideox_factory.data.files import hash_of, hash_of_bytes, write_durably
+from cogvideox_factory.data.images import is_address, read_image
 from cogvideox_factory.data.store import Entry, PreparedSet
 from cogvideox_factory.model.encoders import decode_first_frame, load_vae
 from cogvideox_factory.model.family import Checkpoint
 
 FIRST_FRAME = "first_frame"
+FOLDER = "validation/images"  # within a run
 
 
 def split(text: str | None, separator: str) -> list[str]:
@@ -47,50 +48,62 @@ def sources_of(options: ValidationOptions, prompts: Sequence[str], checkpoint: C
     return given * len(prompts) if len(given) == 1 else given
 
 
-class StartImages:
-    """The pictures of a run's validation, one a prompt."""
+def open_start_images(run: Path, options: ValidationOptions, checkpoint: Checkpoint) -> StartImages | None:
+    """The pictures of a run's validation; None where its videos start from none. Raises UserError as its parts do."""
+    prompts = split(options.validation_prompt, options.validation_prompt_separator)
+    sources = sources_of(options, prompts, checkpoint)
+    return StartImages(run / FOLDER, sources, prompts, options.allow_private_addresses) if sources else None
 
-    def __init__(self, folder: Path, sources: Sequence[str], prompts: Sequence[str], height: int, width: int):
-        """Files are read at once, so that a wrong name is said before hours of encoding."""
+
+class StartImages:
+    """The pictures that a run's validation videos start from, one a prompt, as they are: a video cuts them to its
+    size."""
+
+    def __init__(self, folder: Path, sources: Sequence[str], prompts: Sequence[str], allow_private: bool = False):
+        """Files and addresses are read at once, so that a wrong one is said before hours of encoding.
+
+        What an address gave at the first start of a run is kept: the run goes on with it, whatever becomes of it.
+        """
         self.folder, self.sources, self.prompts = folder, sources, prompts
-        self.height, self.width = height, width
-        self._given = {
-            source: fit_image(read_image(source, "--validation_images"), height, width)
-            for source in dict.fromkeys(sources)
-            if source != FIRST_FRAME
+        self._names = {
+            source: self._keep(source, allow_private) for source in dict.fromkeys(sources) if source != FIRST_FRAME
         }
 
-    def keep(
+    def names(
         self, checkpoint: Checkpoint, prepared: PreparedSet, entries: Sequence[Entry], device: torch.device
     ) -> list[str]:
-        """Name of each prompt's picture in the folder, a PNG of the videos' size."""
+        """File of each prompt's picture in the folder; first frames are decoded where they are not there yet."""
         names = []
         for number, source in enumerate(self.sources):
             if source != FIRST_FRAME:
-                names.append(self._write(hash_of_bytes(self._given[source].tobytes()), self._given[source]))
+                names.append(self._names[source])
                 continue
             latents_file = self._clip_for(number, entries).files["latents"][0]
-            name = hash_of(latents_file, self.height, self.width)
-            if (self.folder / f"{name}.png").is_file():
-                names.append(f"{name}.png")
-            else:
-                image = _first_frame(checkpoint, prepared.read_tensors(latents_file)["mean"], device)
-                names.append(self._write(name, fit_image(image, self.height, self.width)))
+            names.append(f"{hash_of(latents_file)}.png")
+            if not (self.folder / names[-1]).is_file():
+                self._write(names[-1], _first_frame(checkpoint, prepared.read_tensors(latents_file)["mean"], device))
         return names
+
+    def _keep(self, source: str, allow_private: bool) -> str:
+        """Copy a picture into the folder, unless it is one from the web that is there, and give the copy's name."""
+        name = f"{hash_of(source)}.png"
+        if is_address(source) and (self.folder / name).is_file():
+            return name
+        image = read_image(source, "--validation_images", allow_private_addresses=allow_private)
+        if not is_address(source):  # a file with another content is another picture
+            name = f"{hash_of(image.size, hash_of_bytes(image.tobytes()))}.png"
+        self._write(name, image)
+        return name
 
     def _clip_for(self, number: int, entries: Sequence[Entry]) -> Entry:
         """The clip whose caption a prompt is, else the clip of the prompt's number."""
         same = (entry for entry in entries if entry.caption == self.prompts[number])
         return next(same, entries[number % len(entries)])
 
-    def _write(self, name: str, image: Image.Image) -> str:
-        path = self.folder / f"{name}.png"
-        if not path.is_file():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            part = self.folder / f".{name}.part"
-            image.save(part, "PNG")
-            os.replace(part, path)
-        return path.name
+    def _write(self, name: str, image: Image.Image) -> None:
+        content = io.BytesIO()
+        image.save(content, "PNG")
+        write_durably(self.folder / name, content.getvalue())
 
 
 def _first_frame(checkpoint: Checkpoint, raw_latents: torch.Tensor, device: torch.device) -> Image.Image:

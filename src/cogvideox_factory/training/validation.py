@@ -33,10 +33,9 @@ from cogvideox_factory.sampling import (
     write_video_list,
 )
 from cogvideox_factory.stopping import StopRequest
-from cogvideox_factory.training.start_images import StartImages, sources_of, split
+from cogvideox_factory.training.start_images import FOLDER, StartImages, split
 
 logger = logging.getLogger(__name__)
-IMAGES = "images"  # within the folder of all validations
 
 
 class Validation:
@@ -45,18 +44,23 @@ class Validation:
     Prompts are encoded and images are found once, before the training.
     """
 
-    def __init__(self, run: Path, options: Train, checkpoint: Checkpoint, bucket: Bucket, stop: StopRequest):
-        """`bucket` is the size of the videos where the options give none."""
+    def __init__(
+        self,
+        run: Path,
+        options: Train,
+        checkpoint: Checkpoint,
+        bucket: Bucket,
+        stop: StopRequest,
+        start_images: StartImages | None = None,
+    ):
+        """`bucket` is the size of the videos where the options give none; `start_images` are for image-to-video."""
         self.run = run
         self.stop = stop
         self.options = options
         self.checkpoint = checkpoint
         self.sampling = resolve_sampling(options.sampling, bucket, checkpoint.size_divisor, checkpoint.temporal_factor)
         prompts = split(options.validation.validation_prompt, options.validation.validation_prompt_separator)
-        sources = sources_of(options.validation, prompts, checkpoint)
-        assert self.sampling.height is not None and self.sampling.width is not None
-        size = (self.sampling.height, self.sampling.width)
-        self.start_images = StartImages(run / "validation" / IMAGES, sources, prompts, *size) if sources else None
+        self.start_images = start_images
         self.videos = [
             Video(f"prompt-{number:02}-video-{index}.mp4", prompt, options.seed + index)
             for number, prompt in enumerate(prompts)
@@ -77,10 +81,11 @@ class Validation:
     def keep_images(self, prepared: PreparedSet, entries: Sequence[Entry], device: torch.device) -> None:
         """Put the images that the videos start from into the run, and their names into the videos."""
         if self.start_images:
-            names = self.start_images.keep(self.checkpoint, prepared, entries, device)
+            names = self.start_images.names(self.checkpoint, prepared, entries, device)
             each = self.options.validation.num_validation_videos
             self.videos = [
-                replace(video, image=f"{IMAGES}/{names[index // each]}") for index, video in enumerate(self.videos)
+                replace(video, image=f"{Path(FOLDER).name}/{names[index // each]}")
+                for index, video in enumerate(self.videos)
             ]
             free_memory()
 
