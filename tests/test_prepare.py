@@ -304,6 +304,7 @@ def test_a_changed_file_of_the_same_name_is_encoded_again(
 
 
 def test_names_of_every_sort_are_kept_apart(run: Run, folder: Path, tmp_path: Path, stock: CogVideoXPipeline) -> None:
+    """Trap: names cut at the first dot, and equal names of two folders, share a file."""
     names = {"one/clip.mp4": "a.mp4", "two/clip.mp4": "b.mp4", "two/红色 方块.v1.2.mp4": "c.mp4"}
     captions = {name: f"一个 caption of {name}" for name in names}
     for name, source in names.items():
@@ -344,6 +345,7 @@ def spoil(folder: Path) -> dict[str, str]:
 def test_clips_that_cannot_be_used_are_named_with_the_reason_and_the_others_kept(
     run: Run, folder: Path, tmp_path: Path
 ) -> None:
+    """Trap: a fault is printed, its clip not named, and the rest lost."""
     reasons = spoil(folder)
     code, messages = run(folder, tmp_path / "set")
     assert code == 0
@@ -701,6 +703,7 @@ def test_image_to_video_stores_draws_of_the_noised_first_frame_and_reuses_the_vi
     stock: CogVideoXPipeline,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """Trap: cached latents of the image without the noise that training on clips has."""
     output = tmp_path / "set"
     write_lists(folder, {"a.mp4": "a red square"})
     assert run(folder, output)[0] == 0

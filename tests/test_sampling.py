@@ -547,6 +547,7 @@ class Placed:
 def test_pipeline_is_offloaded_or_moved_but_never_both(
     checkpoint: Checkpoint, offload: bool, device: torch.device, expected: str
 ) -> None:
+    """Trap: moving a pipeline undoes its offloading, and testing then takes more memory than training."""
     pipeline: Any = Placed()
     pipeline.vae = None
     place(pipeline, checkpoint, SamplingOptions(enable_model_cpu_offload=offload), device)

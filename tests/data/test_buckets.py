@@ -72,6 +72,7 @@ def test_twice_as_wide_is_as_far_as_twice_as_high() -> None:
     sizes,
 )
 def test_portrait_goes_to_portrait(edges: list[int], height: int, width: int) -> None:
+    """Trap: buckets by distance in pixels: a portrait clip lands in a landscape one."""
     chosen = choose_bucket(49, height, width, all_buckets([9, 49], edges, edges))
     assert chosen is not None
     if height > width:

@@ -169,6 +169,7 @@ def test_csv_wins_over_text_files(tmp_path: Path) -> None:
 
 
 def test_csv_quoted_fields_are_one_line(tmp_path: Path) -> None:
+    """Trap: a caption with a line break shifts all that follow."""
     table = 'video,text,score\n1.mp4,"a cat,\non a ""mat""",3\n2.mp4,plain,4\n'
     write(tmp_path, list_csv=table)
     expected = [("1.mp4", 'a cat, on a "mat"'), ("2.mp4", "plain")]

@@ -150,6 +150,7 @@ def test_the_frames_of_an_excerpt_are_those_of_the_clip_from_its_beginning_on(
 
 @pytest.mark.parametrize("frames", [16, 24, 32, 48, 64, 80, *range(1, 90, 8)])
 def test_a_long_clip_fills_every_number_of_frames(long_clip: Path, frames: int) -> None:
+    """Trap: every (n // frames)-th frame is taken: none of a short clip, and only the beginning of others."""
     (excerpt,) = read_excerpts(clip_of(long_clip), options([frames]))
     assert excerpt.bucket == Bucket(frames, 32, 48)
     assert numbers_shown(excerpt) == list(range(frames))
@@ -180,6 +181,7 @@ def test_the_bucket_is_the_largest_number_of_frames_that_the_clip_fills(
 
 
 def test_33_frames_go_to_the_bucket_of_16_and_not_to_the_nearer_one_of_49(long_clip: Path) -> None:
+    """Trap: the nearest number of frames instead of the largest that is there."""
     data = options([16, 49], skip_frames_end=90 - 33)
     (excerpt,) = read_excerpts(clip_of(long_clip), data)
     assert excerpt.bucket.frames == 16
@@ -242,6 +244,7 @@ def test_a_file_of_variable_rate_plays_at_its_true_speed(tmp_path: Path) -> None
 def test_a_clip_keeps_its_speed_and_says_where_it_is_slower_than_the_training(
     tmp_path: Path, rate: int, is_slow: bool
 ) -> None:
+    """Trap: the rate of a clip is ignored."""
     path = video_file(tmp_path / "clip.mp4", [numbered(index) for index in range(rate * 2)], rate)
     (excerpt,) = read_excerpts(clip_of(path), options([9, 16, 24]))
     assert numbers_shown(excerpt) == [math.floor(k * rate / FPS) for k in range(16)]
@@ -423,6 +426,7 @@ def busy_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_view_equals_the_plainly_decoded_clip_scaled_cropped_and_mirrored_as_a_whole(busy_clip: Path) -> None:
+    """Trap: a flip drawn for each frame, so that clips flicker."""
     data = options(video_reshape_mode="random", random_flip=0.5, num_variants=8, skip_frames_start=2)
     (excerpt,) = read_excerpts(clip_of(busy_clip), data)
     assert excerpt.scaled_size == (32, 64) and len(excerpt.views) == 8

@@ -103,7 +103,7 @@ def test_workers_and_a_resumed_position_give_what_an_uninterrupted_iteration_giv
 
 
 def test_every_clip_epoch_and_seed_has_random_numbers_of_its_own(small_set) -> None:
-    """Trap 21: a random state equal on every rank; here ranks differ because their clips do."""
+    """Trap: a random state equal on every rank; here ranks differ because their clips do."""
     drawn = [
         tensors
         for seed in (7, 8, 70)
@@ -121,7 +121,7 @@ def test_every_clip_epoch_and_seed_has_random_numbers_of_its_own(small_set) -> N
 
 
 def test_ranks_of_one_step_draw_different_numbers(small_set) -> None:
-    """Trap 21, in one step: neither the noise nor the timestep of two ranks is alike."""
+    """Trap, in one step: neither the noise nor the timestep of two ranks is alike."""
     step = [[[0], [2], [3]]]
     torch.manual_seed(0)  # the global state, equal on every rank, has no part in it
     drawn = [clips_of(small_set, rank=rank)[Position(), step].batches[0] for rank in range(3)]

@@ -74,6 +74,7 @@ def check_form(sampler: Sampler, steps: list[Step]) -> None:
 @quick
 @given(samplers, st.integers(0, 9))
 def test_every_clip_exactly_once_an_epoch(sampler: Sampler, epoch: int) -> None:
+    """Trap: clips in their order, leftovers lost, a wrong length."""
     assert sorted(clips_in(sampler.epoch(epoch))) == list(range(len(sampler.buckets)))
 
 

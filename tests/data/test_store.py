@@ -211,6 +211,7 @@ def test_captions_of_any_script_come_back_and_can_be_read_in_the_file(tmp_path: 
 
 
 def test_the_index_holds_a_line_a_clip_with_all_of_its_fields(tmp_path: Path) -> None:
+    """Trap: of a batch the first clip's data alone is written down."""
     PreparedSet(tmp_path).write_index([entry()], SETTINGS)
     assert json.loads((tmp_path / "index.jsonl").read_text()) == {
         "source": "a.mp4",

@@ -212,7 +212,10 @@ def test_saved_lora_means_the_same_to_stock_diffusers_whatever_it_reads(
     is_exact: bool,
     has_metadata: bool,
 ) -> None:
-    """A reader that does not know of the metadata takes alpha = rank."""
+    """Trap: the LoRA's alpha is not saved.
+
+    A reader that does not know of the metadata takes alpha = rank.
+    """
     transformer = with_lora(checkpoint, LoraOptions(**settings))
     randomize(transformer)
     path = save_lora(transformer, tmp_path / "run", checkpoint)

@@ -144,6 +144,7 @@ def test_padded_number_of_frames(frames: int, multiple: int, expected: int) -> N
 def test_transformer_is_called_as_the_stock_pipeline_calls_it(
     family: Open, name: str, size: tuple[int, int], num_frames: int, dtype: torch.dtype
 ) -> None:
+    """Trap: the number of frames guessed back from the latents: 16 and 17 frames are told apart."""
     height, width = size
     ignores_positions = name == "5b-I2V" and size != (64, 96)
     checkpoint = with_conditioning(family(name), ConditioningOptions(ignores_positions))

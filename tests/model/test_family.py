@@ -265,7 +265,7 @@ def test_dtype_for_a_choice_is_that_choice_everywhere(
 
 
 def test_dtype_for_no_choice_is_the_files_on_a_gpu_and_fp32_on_a_cpu(tmp_path: Path) -> None:
-    """Trap 20: a T5 in fp32 on a GPU."""
+    """Trap: a T5 in fp32 on a GPU."""
     folder = write_configs(tmp_path / "model", TRANSFORMER_1_0, VAE)
     save_file({"weight": torch.zeros(2, dtype=torch.bfloat16)}, folder / WEIGHTS)
     checkpoint = open_folder(folder)

@@ -95,6 +95,7 @@ def test_masters_equal_a_plain_loop_with_fp32_weights(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["masters", "on the host, gradients too"])
 def test_gradients_are_clipped_wherever_they_are(name: str) -> None:
+    """Trap: with the optimizer on the host, clipping is dropped."""
     model, accelerator = make_model(), Accelerator(cpu=True)
     raw = BUILDERS[name](list(model.parameters()))
     optimizer = accelerator.prepare_optimizer(raw, device_placement=False)
@@ -113,6 +114,7 @@ def test_gradients_are_clipped_wherever_they_are(name: str) -> None:
 
 
 def test_gradients_on_the_host_add_up_over_batches() -> None:
+    """Trap: with the optimizer on the host, accumulation is dropped."""
     results = []
     for offload in (False, True):
         model = make_model(torch.float32)
@@ -178,6 +180,7 @@ def drift(optimizer: torch.optim.Optimizer, parameter: Parameter) -> float:
 @pytest.mark.parametrize("trainable_dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("flags", [{}, {"use_8bit": True}])
 def test_many_updates_too_small_for_bf16_move_the_weights(flags: dict[str, Any], trainable_dtype: Any) -> None:
+    """Trap: weights trained in bf16 with neither a master copy nor stochastic rounding."""
     parameter = Parameter(torch.ones(100, 200, dtype=torch.bfloat16))
     options = OptimizerOptions(learning_rate=STEP, weight_decay=0, trainable_dtype=trainable_dtype, **flags)
     optimizer = build_optimizer([parameter], options, 1)

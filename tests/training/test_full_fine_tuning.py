@@ -230,7 +230,10 @@ def test_modules_to_train_that_do_not_exist_are_refused_before_the_run_is_writte
 def test_the_videos_of_the_last_test_are_those_of_the_exported_pipeline(
     cli: Cli, train, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not those of the base model, and those that `sample` and stock diffusers give."""
+    """Trap: the last test loads the base model, and what is saved is the transformer alone.
+
+    Not those of the base model, and those that `sample` and stock diffusers give.
+    """
     tested: list[np.ndarray] = []
     monkeypatch.setattr(validation_module, "write_video", lambda path, frames, fps: tested.append(frames))
     run, quick = tmp_path / "run", ("--num_inference_steps", "2", "--num_frames", "9")

@@ -139,7 +139,7 @@ def test_losses_are_those_of_a_plain_loop(
 
 
 def test_the_same_weights_give_the_same_number_whatever_was_drawn_in_between(make: Make, transformer: Any) -> None:
-    """Trap 21, of the evaluation: neither the run's seed nor the state of any generator has a part in it."""
+    """Trap, of the evaluation: neither the run's seed nor the state of any generator has a part in it."""
     first = make().losses(transformer)
     torch.manual_seed(99)
     torch.rand(7)

@@ -145,7 +145,7 @@ class StopAfter:
 def test_a_run_stopped_by_a_signal_and_resumed_equals_one_never_stopped(
     train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
 ) -> None:
-    """Trap 19: a resume that restarts the data, or any other part of the course."""
+    """Trap: a resume that restarts the data, or any other part of the course."""
     flags = ("--max_train_steps", "9", "--lr_scheduler", "cosine", "--gradient_accumulation_steps", "2")
     assert train(tmp_path / "whole", *flags)[0] == 0
     with monkeypatch.context() as patch:
@@ -409,7 +409,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, str]]:
 def test_every_clip_once_an_epoch_though_the_batch_changes_in_it_twice(
     train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, entries: list[Entry], drawn: list[tuple[int, str]]
 ) -> None:
-    """Trap 19, with other batches: four steps of two clips, two of one, the last two in a step of three; two epochs."""
+    """Trap, with other batches: four steps of two clips, two of one, the last two in a step of three; two epochs."""
     run = tmp_path / "run"
     flags = ["--num_train_epochs", "3", "--lr_scheduler", "linear", "--resume_from_checkpoint", "latest"]
     flags += ["--validation_prompt", "a", "--validation_epochs", "1", "--num_inference_steps", "1"]
@@ -635,7 +635,7 @@ def test_a_variable_named_rank_of_the_users_own_does_not_silence_the_run(train, 
 
 
 def test_a_step_waits_for_the_device_once(train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Trap 16: `.item()` per parameter for the gradient norm. Each such call makes the GPU's queue run dry."""
+    """Trap: `.item()` per parameter for the gradient norm. Each such call makes the GPU's queue run dry."""
     waits: list[list[str]] = []
     is_counting = False
 
@@ -673,7 +673,7 @@ def test_a_step_waits_for_the_device_once(train, tmp_path: Path, monkeypatch: py
 
 
 def test_training_on_prepared_tensors_never_loads_an_encoder(train, tmp_path: Path, monkeypatch) -> None:
-    """Trap 20: the T5 on the GPU even when training reads prepared tensors."""
+    """Trap: the T5 on the GPU even when training reads prepared tensors."""
 
     def refused(*arguments: object, **options: object) -> None:
         raise AssertionError("an encoder was loaded")

@@ -265,6 +265,7 @@ def test_fp8_is_refused_on_gpus_that_do_not_know_it(capability: tuple[int, int],
 
 @pytest.mark.parametrize("flags", [{}, {"optimizer": "prodigy"}, {"use_8bit": True}])
 def test_an_optimizer_on_the_host_steps_as_one_beside_the_weights(flags: dict[str, Any]) -> None:
+    """Trap: the optimizer on the host drops the schedule."""
     results = []
     for offload in (False, True):
         parameters = make_parameters()
@@ -298,6 +299,7 @@ def test_a_library_that_is_missing_is_named_with_its_installation(flags, package
 
 
 def test_low_bit_optimizers_of_torchao_need_no_bitsandbytes(monkeypatch) -> None:
+    """Trap: torchao's 8-bit optimizers ask for bitsandbytes."""
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
     options = OptimizerOptions(use_8bit=True, use_torchao=True)

@@ -131,6 +131,7 @@ def test_videos_in_memory_are_those_of_the_stock_pipeline_with_the_saved_lora(
 def test_sampling_options_are_used(
     make, written: Written, transformer: Any, checkpoint: Checkpoint, tiny_model: Path, tmp_path: Path
 ) -> None:
+    """Trap: a validation that ignores the size, the frames or the guidance."""
     sampling = SamplingOptions(num_inference_steps=2, height=48, width=32, guidance_scale=30.0, use_dynamic_cfg=True)
     validation = make(sampling, validation_prompt=PROMPTS[0])
     validation.encode_prompts(CPU)
@@ -144,6 +145,7 @@ def test_sampling_options_are_used(
 def test_model_and_schedule_come_back_as_they_were(
     make, written: Written, transformer: Any, checkpoint: Checkpoint, was_training: bool
 ) -> None:
+    """Trap: hooks left on the model that trains."""
     validation = make(validation_prompt=PROMPTS[0])
     validation.encode_prompts(CPU)
     transformer.train(was_training)
@@ -254,6 +256,7 @@ def test_prompts_are_split_by_the_separator(make, text: str | None, separator: s
 def test_when_videos_are_due(
     make, steps: int | None, epochs: int | None, step: int, epoch: int | None, is_due: bool
 ) -> None:
+    """Trap: a validation by epochs only."""
     validation = make(validation_steps=steps, validation_epochs=epochs)
     assert validation.is_due(step, epoch) is is_due
     validation.folder(step).mkdir(parents=True)
