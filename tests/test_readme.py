@@ -65,10 +65,22 @@ def test_the_diffusers_snippets_run(
         assert sum(1 for _ in video.decode(video=0)) == 17
 
 
-@pytest.mark.parametrize("file", [*READMES, DATASET_GUIDE, *(path.name for path in ROOT.glob("*.sh"))])
+@pytest.mark.parametrize(
+    "file", [*READMES, DATASET_GUIDE, "docs/training.md", *(path.name for path in ROOT.glob("*.sh"))]
+)
 def test_every_option_that_is_named_exists(file: str) -> None:
     known = {name for command in COMMANDS.values() for name in option_values(command())}
-    known |= {"config", "help", "logdir", "repo-type", "local-dir", "config_file", "model_id", "num_processes"}
+    known |= {
+        "member",
+        "config",
+        "help",
+        "logdir",
+        "repo-type",
+        "local-dir",
+        "config_file",
+        "model_id",
+        "num_processes",
+    }
     text = (ROOT / file).read_text()
     named = set(re.findall(r"(?<![\w-])--([a-z][\w-]*)", text))
     assert named and not named - known
