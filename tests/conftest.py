@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +18,19 @@ from cogvideox_factory.demo.tiny_model import build_tiny_pipeline
 from cogvideox_factory.model.family import Checkpoint, open_checkpoint
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _libraries_are_no_garbage() -> None:
+    """The program collects garbage between its stages; without the libraries' own objects that takes no second."""
+    import diffusers
+    import transformers
+
+    import cogvideox_factory.training.loop  # noqa: F401
+
+    assert diffusers.CogVideoXImageToVideoPipeline and transformers.T5EncoderModel  # which imports them
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
@@ -50,6 +64,16 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Data set of a dozen rendered clips (25 frames of 96×144 at 8 fps) with prompts.txt and videos.txt."""
     folder = tmp_path_factory.mktemp("clips")
     render_clips(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def few_clips(tmp_path_factory: pytest.TempPathFactory, clips: Path) -> Path:
+    """The first two of them."""
+    folder = tmp_path_factory.mktemp("few-clips")
+    (folder / "videos").symlink_to(clips / "videos")
+    for name in ("prompts.txt", "videos.txt"):
+        (folder / name).write_text("".join((clips / name).read_text().splitlines(keepends=True)[:2]))
     return folder
 
 

@@ -122,10 +122,10 @@ def test_help_answers_in_a_fresh_process() -> None:
     assert done.returncode == 0 and "usage: cogvideox-factory" in done.stdout
 
 
-def test_prepare_train_sample_and_report_run_as_processes(tiny_model: Path, clips: Path, tmp_path: Path) -> None:
+def test_prepare_train_sample_and_report_run_as_processes(tiny_model: Path, few_clips: Path, tmp_path: Path) -> None:
     prepared, trained = tmp_path / "prepared", tmp_path / "run"
     model = ("--pretrained_model_name_or_path", tiny_model)
-    done = run("prepare", *model, "--data_root", clips, "--output_dir", prepared)
+    done = run("prepare", *model, "--data_root", few_clips, "--output_dir", prepared)
     assert done.returncode == 0, done.stderr
     flags = (*model, "--data_root", prepared, "--load_tensors", "--output_dir", trained, "--max_train_steps", "2")
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]

@@ -49,13 +49,13 @@ def whole(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, clips: Pat
     return folder
 
 
-def test_a_set_after_five_kills_at_random_moments_equals_one_made_in_one_go(
+def test_a_set_after_kills_at_random_moments_equals_one_made_in_one_go(
     tmp_path: Path, tiny_model: Path, clips: Path, whole: Path
 ) -> None:
     output = tmp_path / "set"
     draw = random.Random(0)
     killed = 0
-    for _ in range(5):
+    for _ in range(3):
         process = start(command(tiny_model, clips, output))
         # Killed once it has written so many files more.
         goal = len(list(output.rglob("*.safetensors"))) + draw.randint(0, 5)
@@ -68,7 +68,7 @@ def test_a_set_after_five_kills_at_random_moments_equals_one_made_in_one_go(
         killed += process.returncode == -signal.SIGKILL
         psutil.wait_procs(children, timeout=30)
         assert not any(child.is_running() for child in children)  # decoders end with their parent
-    assert killed >= 4
+    assert killed >= 2
     process = start(command(tiny_model, clips, output))
     _, messages = process.communicate(timeout=120)
     assert process.returncode == 0, messages

@@ -35,7 +35,7 @@ def train(cli: Cli, tiny_model: Path, prepared_folder: Path) -> Callable[..., tu
     def call(run: Path, *flags: str | Path) -> tuple[int, str]:
         code, _, messages = cli(
             *("train", "--pretrained_model_name_or_path", tiny_model, "--data_root", prepared_folder),
-            *("--load_tensors", "--output_dir", run, "--rank", "4", "--lora_alpha", "8"),
+            *("--load_tensors", "--report_to", "none", "--output_dir", run, "--rank", "4", "--lora_alpha", "8"),
             *("--learning_rate", "1e-2", "--train_batch_size", "2", *flags),
         )
         return code, messages

@@ -304,7 +304,7 @@ def train(cli: Callable[..., tuple[int, str, str]], tiny_model: Path, prepared_f
     def call(run: Path, *flags: str | Path) -> tuple[int, str]:
         code, _, messages = cli(
             *("train", "--pretrained_model_name_or_path", tiny_model, "--data_root", prepared_folder),
-            *("--load_tensors", "--output_dir", run, "--rank", "4", "--learning_rate", "1e-2"),
+            *("--load_tensors", "--report_to", "none", "--output_dir", run, "--rank", "4", "--learning_rate", "1e-2"),
             *("--train_batch_size", "2", *flags),
         )
         return code, messages

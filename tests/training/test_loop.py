@@ -45,7 +45,7 @@ def train(cli: Cli, tiny_model: Path, prepared_folder: Path) -> Callable[..., tu
     def call(run: Path, *flags: str | Path) -> tuple[int, str]:
         code, _, messages = cli(
             *("train", "--pretrained_model_name_or_path", tiny_model, "--data_root", prepared_folder),
-            *("--load_tensors", "--output_dir", run, "--rank", "4", "--lora_alpha", "8"),
+            *("--load_tensors", "--report_to", "none", "--output_dir", run, "--rank", "4", "--lora_alpha", "8"),
             *("--learning_rate", "1e-2", "--train_batch_size", "2", *flags),
         )
         return code, messages
@@ -287,17 +287,17 @@ def test_memory_of_the_gpu_is_never_claimed_on_a_cpu(train, tmp_path: Path) -> N
 
 
 def test_raw_clips_are_prepared_into_the_run_and_reused(
-    cli: Cli, tmp_path: Path, tiny_model: Path, clips: Path
+    cli: Cli, tmp_path: Path, tiny_model: Path, few_clips: Path
 ) -> None:
-    flags = ("--pretrained_model_name_or_path", tiny_model, "--data_root", clips, "--output_dir", tmp_path / "run")
+    flags = ("--pretrained_model_name_or_path", tiny_model, "--data_root", few_clips, "--output_dir", tmp_path / "run")
     code, _, messages = cli("train", *flags, "--max_train_steps", "1")
     assert code == 0, messages
     report = json.loads((tmp_path / "run/prepared/report.json").read_text())
-    assert (report["encoded"], report["reused"]) == (12, 0)
+    assert (report["encoded"], report["reused"]) == (2, 0)
     code, _, messages = cli("train", *flags, "--max_train_steps", "2", "--resume_from_checkpoint", "latest")
     assert code == 0, messages
     report = json.loads((tmp_path / "run/prepared/report.json").read_text())
-    assert (report["encoded"], report["reused"]) == (0, 12)
+    assert (report["encoded"], report["reused"]) == (0, 2)
 
 
 def test_training_raw_clips_equals_training_the_prepared_set(
@@ -322,7 +322,7 @@ def test_a_set_prepared_with_another_vae_is_refused(
     build_tiny_pipeline(seed=99).save_pretrained(tmp_path / "other")
     code, _, messages = cli(
         *("train", "--pretrained_model_name_or_path", tmp_path / "other", "--data_root", prepared_folder),
-        *("--load_tensors", "--output_dir", tmp_path / "run", "--max_train_steps", "1"),
+        *("--load_tensors", "--report_to", "none", "--output_dir", tmp_path / "run", "--max_train_steps", "1"),
     )
     assert code == 2 and "another vae" in messages and "Traceback" not in messages
 

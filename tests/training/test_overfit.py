@@ -60,6 +60,7 @@ def read_frames(folder: Path) -> np.ndarray:
     return np.stack([np.asarray(Image.open(path)) for path in sorted(folder.iterdir())]).astype(float)
 
 
+@pytest.mark.slow
 def test_a_model_trained_on_one_clip_gives_that_clip(cli: Cli, tmp_path: Path) -> None:
     model, clips, prepared, run = (tmp_path / name for name in ("model", "clips", "prepared", "run"))
     write_model(model)
