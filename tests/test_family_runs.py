@@ -179,6 +179,10 @@ def test_learned_positions_are_refused_for_other_sizes_before_anything_is_encode
     code, _, messages = cli(*train)
     assert code == 2 and "96×64" in messages and "--ignore_learned_positional_embeddings" in messages
     assert not list((tmp_path / "run").rglob("*.safetensors"))
+    native = (*model, "--data_root", two_clips, "--output_dir", tmp_path / "run", "--validation_prompt", "a")
+    code, _, messages = cli("train", *native, "--height", 96, "--width", 64)  # of its videos alone
+    assert code == 2 and "96×64" in messages
+    assert not list((tmp_path / "run").rglob("*.safetensors"))
     code, _, messages = cli(*train, "--ignore_learned_positional_embeddings")
     assert code == 0, messages
     resumed = ("--max_train_steps", 2, "--resume_from_checkpoint", "latest", "--image_latents_scale", "divide")

@@ -25,7 +25,7 @@ from cogvideox_factory.config import DataOptions, EncodingOptions, ModelOptions,
 from cogvideox_factory.data.store import Entry, PreparedSet
 from cogvideox_factory.data.video import write_video
 from cogvideox_factory.demo.tiny_model import build_tiny_pipeline
-from cogvideox_factory.model.encoders import TextEncoder, VideoEncoder
+from cogvideox_factory.model.encoders import TextEncoder, VideoEncoder, to_unit_range
 from cogvideox_factory.model.family import Checkpoint, open_checkpoint
 from cogvideox_factory.prepare import check_prepared, prepare
 from cogvideox_factory.resolve import resolve_data_options
@@ -722,7 +722,8 @@ def test_image_to_video_stores_draws_of_the_noised_first_frame_and_reuses_the_vi
         patch.setattr(AutoencoderKLCogVideoX, "encode", look)
         code, _, messages = cli(*arguments, "--output_dir", output, *SMALL, "--num_image_draws", "200")
     assert code == 0, messages
-    assert [tuple(given.shape) for given in pixels] == [(1, 3, 1, 32, 48)] * 200  # the video is not encoded again
+    *noised, without_noise = pixels
+    assert [tuple(given.shape) for given in pixels] == [(1, 3, 1, 32, 48)] * 201  # the video is not encoded again
     assert check_prepared(image_checkpoint, PreparedSet(output))
     (entry,) = PreparedSet(output).read_index()
     (image_file,) = entry.files["images"]
@@ -731,7 +732,12 @@ def test_image_to_video_stores_draws_of_the_noised_first_frame_and_reuses_the_vi
     (first,) = decoded(folder / "a.mp4", [0], (32, 48), (32, 48))
     clean = stock.video_processor.preprocess(first)[0]
     sigmas = []
-    for given, mean in zip(pixels, stored["mean"], strict=True):
+    assert torch.equal(to_unit_range(without_noise[0, :, 0]), clean)
+    with torch.no_grad():
+        assert torch.allclose(
+            encode(stock.vae, clean[None, :, None]).latent_dist.mean[0, :, 0], stored["first"], atol=1e-5
+        )
+    for given, mean in zip(noised, stored["mean"], strict=True):
         with torch.no_grad():
             assert torch.allclose(encode(stock.vae, given).latent_dist.mean[0, :, 0], mean, atol=1e-5)
         noise = given[0, :, 0] - clean

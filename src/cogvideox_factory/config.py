@@ -354,7 +354,7 @@ class OptimizerOptions:
     trainable_dtype: Literal["fp32", "bf16"] = "fp32"
     """How trained weights are kept. fp32: exactly; where the model computes in bf16, beside its copy. bf16: in that
     type alone, rounded up or down by chance after each step, so that small updates count on average: least memory."""
-    learning_rate: Annotated[float, MoreThan(0)] = 1e-4
+    learning_rate: Annotated[float, MoreThan(0), Within(0, 1000)] = 1e-4
     """Learning rate after the warm-up."""
     scale_lr: bool = False
     """Multiply the learning rate by batch size × accumulation steps × number of processes."""
@@ -441,7 +441,7 @@ class HeldOutOptions:
 
     validation_fraction: Annotated[float, Within(0, 1, includes_high=False)] = 0.0
     """Share of the videos to hold out of the training. All excerpts and copies of a video fall on the same side, and
-    stay there when others are added. Default: none."""
+    stay there when others are added; another size or rate of the clips can give another split. Default: none."""
     validation_data_root: PathOption = None
     """A second data set to hold out instead, read as --data_root is: raw clips, or with --load_tensors a prepared
     set."""

@@ -38,7 +38,7 @@ from cogvideox_factory.stopping import StopRequest, stop_requests
 logger = logging.getLogger(__name__)
 
 # Raised by hand whenever the same inputs come to give other tensors, or the index another form.
-FORMAT = 2
+FORMAT = 3
 # Processes of one launch wait for the slowest, and a launcher ends them all when one dies: no need to give up early.
 PATIENCE = datetime.timedelta(days=30)
 WRITES_IN_FLIGHT = 2
@@ -296,7 +296,8 @@ def _encode_excerpt(
         if not prepared.has(file):
             # Keyed by the file's name, which is its content: the same noise whenever it is made.
             generator = torch.Generator().manual_seed(int(hash_of(file)[:15], 16))
-            yield file, _distribution(*encoder.encode_noised_images(pixels[0], names.num_image_draws, generator))
+            tensors = _distribution(*encoder.encode_noised_images(pixels[0], names.num_image_draws, generator))
+            yield file, {**tensors, "first": encoder.encode(pixels[:1])[0][:, 0].cpu()}
 
 
 def _distribution(mean: torch.Tensor, logvar: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -237,10 +237,19 @@ def test_rounding_is_the_same_whatever_the_global_generator_did_and_differs_from
             parameter.grad = torch.ones_like(parameter)
             optimizer.step()
             results.append(parameter.detach().clone())
+            if len(results) == 1:
+                state_after_first = copy.deepcopy(optimizer.state_dict())
     first, second, first_again, second_again = results
     assert torch.equal(first, first_again) and torch.equal(second, second_again)
     moved, moved_next = first != 1, second != first
     assert not torch.equal(moved, moved_next)
+    # Who goes on after the first step rounds the second alike.
+    parameter = Parameter(first.clone())
+    resumed = build_optimizer([parameter], options, 1)
+    resumed.load_state_dict(state_after_first)
+    parameter.grad = torch.ones_like(parameter)
+    resumed.step()
+    assert torch.equal(parameter, second)
 
 
 def test_saved_weights_go_back_into_masters_and_model() -> None:

@@ -237,6 +237,76 @@ def test_a_folder_that_holds_a_run_is_refused(train, tmp_path: Path) -> None:
     assert (tmp_path / "run/metrics.jsonl").read_bytes() == before
 
 
+def test_a_folder_that_holds_a_model_is_refused(
+    cli: Cli, tmp_path: Path, tiny_model: Path, prepared_folder: Path
+) -> None:
+    shutil.copytree(tiny_model, tmp_path / "model")
+    before = (tmp_path / "model/transformer/config.json").stat().st_mtime_ns
+    data = ("--data_root", prepared_folder, "--load_tensors", "--max_train_steps", "1", "--training_type", "sft")
+    for model in (tiny_model, tmp_path / "model"):
+        output = ("--output_dir", tmp_path / "model", "--resume_from_checkpoint", "latest")
+        code, _, messages = cli("train", "--pretrained_model_name_or_path", model, *data, *output)
+        assert code == 2 and "holds a model" in messages
+    assert (tmp_path / "model/transformer/config.json").stat().st_mtime_ns == before
+    assert not (tmp_path / "model/config.yaml").exists()
+
+
+def test_a_result_without_its_checkpoints_is_never_replaced(train, tmp_path: Path) -> None:
+    assert train(tmp_path / "run", "--max_train_steps", "1")[0] == 0
+    before = (tmp_path / "run" / LORA).read_bytes()
+    shutil.rmtree(tmp_path / "run/checkpoints")
+    code, messages = train(tmp_path / "run", "--max_train_steps", "2", "--resume_from_checkpoint", "latest")
+    assert code == 2 and "no checkpoint to go on from" in messages
+    assert (tmp_path / "run" / LORA).read_bytes() == before
+
+
+@pytest.mark.parametrize("steps", [2, 3])
+def test_weights_that_are_no_numbers_are_never_saved(train, tmp_path: Path, monkeypatch, steps: int) -> None:
+    """A gradient can be NaN where the loss is not; the weights are broken one step before the loss says so."""
+    clip = loop.clip_gradients
+    calls = []
+
+    def broken(accelerator, optimizer, parameters, limit):
+        calls.append(1)
+        if len(calls) == 2:
+            parameters[0].grad.fill_(math.nan)
+        return clip(accelerator, optimizer, parameters, limit)
+
+    monkeypatch.setattr(loop, "clip_gradients", broken)
+    flags = ("--max_train_steps", str(steps), "--checkpointing_steps", "1")
+    code, messages = train(tmp_path / "run", *flags)
+    assert code == 1 and "checkpoint of step 1" in messages
+    assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["step-00000001"]
+    assert not (tmp_path / "run" / LORA).exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--target_modules", "to_qq"), "--target_modules to_qq"),
+        (("--training_type", "sft", "--trainable_modules", "attn7"), "--trainable_modules attn7"),
+        (("--num_frames", "18"), "--num_frames 18"),
+        (("--height", "50"), "--height 50"),
+        (("--learning_rate", "1e38"), "--learning_rate"),
+    ],
+)
+def test_a_typing_error_is_told_before_anything_is_encoded(
+    cli: Cli, tmp_path: Path, tiny_model: Path, clips: Path, flags: tuple[str, ...], message: str
+) -> None:
+    model = ("--pretrained_model_name_or_path", tiny_model, "--data_root", clips, "--output_dir", tmp_path / "run")
+    code, _, messages = cli("train", *model, "--max_train_steps", "1", *flags)
+    assert code == 2 and message in messages
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_changes_the_course_is_told_on_resume(train, tmp_path: Path) -> None:
+    assert train(tmp_path / "run", "--max_train_steps", "1", "--ema_decay", "0.9")[0] == 0
+    more = ("--max_train_steps", "2", "--resume_from_checkpoint", "latest", "--caption_dropout", "0.5")
+    code, messages = train(tmp_path / "run", *more)
+    assert code == 0 and "with another" in messages
+    assert "--ema_decay" in messages and "--caption_dropout" in messages and "--mixed_precision" not in messages
+
+
 def test_config_yaml_repeats_the_run(train, cli: Cli, tmp_path: Path) -> None:
     assert train(tmp_path / "first", "--max_train_steps", "3", "--seed", "5")[0] == 0
     code, _, messages = cli("train", "--config", tmp_path / "first/config.yaml", "--output_dir", tmp_path / "again")

@@ -5,7 +5,7 @@
     report.json            what the last `prepare` did
     latents/KEY.safetensors    mean and logvar of the VAE's latent distribution, (channels, frames, height, width)
     images/KEY.safetensors     image-to-video only: mean and logvar of noised first frames, (draws, channels, height,
-                               width)
+                               width), and first, the mean without noise, (channels, height, width)
     prompts/KEY.safetensors    prompt_embeds, (tokens, width)
 
 A tensor file is named after the hash of everything that its content depends on, so a file that exists is never

@@ -81,6 +81,18 @@ def attach(transformer, method: MethodOptions, lora: LoraOptions, seed: int, *, 
     train_modules(transformer, method.trainable_modules)
 
 
+def check_names(checkpoint: Checkpoint, method: MethodOptions, lora: LoraOptions) -> None:
+    """Raises UserError for layers or modules that the options name and the model has not; no weights are read."""
+    from diffusers import CogVideoXTransformer3DModel
+
+    with torch.device("meta"):
+        transformer = CogVideoXTransformer3DModel.from_config(dict(checkpoint.transformer))
+    if method.training_type == "lora":
+        _check_targets(transformer, lora.target_modules)
+    else:
+        train_modules(transformer, method.trainable_modules)
+
+
 def identity_of(method: MethodOptions, lora: LoraOptions) -> dict[str, Any]:
     """What must be the same for a training to go on, by the names of the options."""
     kind = {"--training_type": method.training_type}

@@ -139,9 +139,9 @@ def load_vae(checkpoint: Checkpoint, dtype: torch.dtype):
 
 
 @torch.no_grad()
-def decode_first_frame(vae, raw_latents: torch.Tensor) -> np.ndarray:
-    """The first frame, uint8 of shape (height, width, 3), of raw latents of shape (channels, frames, height, width)."""
-    frame = vae.decode(raw_latents[None, :, :1]).sample[0, :, 0]
+def decode_image(vae, raw_latents: torch.Tensor) -> np.ndarray:
+    """The picture, uint8 of shape (height, width, 3), of raw latents of shape (channels, height, width)."""
+    frame = vae.decode(raw_latents[None, :, None]).sample[0, :, 0]
     return frame.float().add(1).mul(127.5).round().clamp(0, 255).byte().permute(1, 2, 0).cpu().numpy()
 
 

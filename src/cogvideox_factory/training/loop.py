@@ -11,6 +11,7 @@ import functools
 import logging
 import math
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -62,7 +63,7 @@ def train(options: Train) -> Path:
     device = accelerator.device
     check_data_sets(options)  # what is wrong with one as a whole is said before a folder is made
     if accelerator.is_main_process:
-        claim_run_folder(run, options)
+        claim_run_folder(run, options, checkpoint.folder)
         repository = open_repository(options)
     accelerator.wait_for_everyone()
 
@@ -172,14 +173,20 @@ def train_steps(
         pin_memory=training.pin_memory and device.type == "cuda",
     )
 
+    def broken(what: str) -> RunError:
+        good = f"checkpoint of step {saved_step}" if saved_step else "base model"
+        return RunError(f"{what}; the last good state is the {good}. Lower --learning_rate, or set --max_grad_norm")
+
     def save() -> None:
+        if not are_finite(parameters):  # a loss can be finite once more when the weights are not
+            raise broken(f"weights are not finite after step {state.step}")
         if accelerator.is_main_process:
             state.scaler = accelerator.scaler.state_dict() if accelerator.scaler else {}
             keep = training.checkpoints_total_limit
             logger.info("saved      %s", save_checkpoint(run, state, transformer, raw_optimizer, keep, average))
         accelerator.wait_for_everyone()
 
-    first_step = state.step
+    first_step = saved_step = state.step
 
     def validate_if_due() -> None:
         if accelerator.is_main_process and validation.is_due(state.step, state.position.ended_epoch):
@@ -200,7 +207,6 @@ def train_steps(
             held_out.measure(model, state.step, state.position.last_epoch)
     transformer.train()
     memory.start_phase()
-    saved_step = first_step
     is_silent = not accelerator.is_main_process
     bar = progress_bar(None, "Training", "step", num_steps, done=state.step, is_silent=is_silent)
     log = MetricsLog(run, state.step, accelerator, also_to=trackers.log_line)
@@ -214,11 +220,7 @@ def train_steps(
                 step, accelerator, model, optimizer, denoiser, scheduler, parameters, options
             )
             if not math.isfinite(loss):
-                good = f"checkpoint of step {saved_step}" if saved_step else "base model"
-                raise RunError(
-                    f"the loss of step {state.step + 1} is {loss}; the last good state is the {good}. Lower "
-                    "--learning_rate, or set --max_grad_norm"
-                )
+                raise broken(f"the loss of step {state.step + 1} is {loss}")
             schedule.step()
             if average:
                 average.update(held_weights(raw_optimizer, trained))
@@ -306,6 +308,12 @@ def optimizer_step(
         total = accelerator.reduce(total, "sum")
     loss_value, norm_value = torch.stack([total, grad_norm.to(total)]).tolist()  # the step's one wait for the GPU
     return loss_value, norm_value
+
+
+@torch.no_grad()
+def are_finite(parameters: Iterable[torch.Tensor]) -> bool:
+    """Whether every number in them is one."""
+    return bool(torch.stack([parameter.isfinite().all() for parameter in parameters]).all())
 
 
 def describe(

@@ -25,6 +25,8 @@ from cogvideox_factory.training.ema import WeightAverage
 from cogvideox_factory.training.optimizers import build_schedule, keep_settings, optimizer_name, set_rate
 
 logger = logging.getLogger(__name__)
+# Of the group of training options: what changes the course of a training that goes on.
+TOLD_WHEN_CHANGED = ("caption_dropout", "noised_image_dropout", "mixed_precision")
 
 
 def resume(
@@ -71,7 +73,12 @@ def new_state(options: Train, checkpoint: Checkpoint, entries: Sequence[Entry], 
             **identity_of(options.method, options.lora),
             **{f"--{name}": value for name, value in dataclasses.asdict(options.conditioning).items()},
         },
-        optimizer_options={**dataclasses.asdict(options.optimizer), **dataclasses.asdict(options.objective)},
+        optimizer_options={
+            **dataclasses.asdict(options.optimizer),
+            **dataclasses.asdict(options.objective),
+            "ema_decay": options.method.ema_decay,
+            **{name: getattr(options.training, name) for name in TOLD_WHEN_CHANGED},
+        },
         order={"clips": hash_of([entry.key for entry in entries]), "seed": sampler.seed},
         layout=sampler.layout,
     )

@@ -16,10 +16,13 @@ from typing import Any
 from cogvideox_factory.config import DataOptions, HeldOutOptions, Train, UserError
 from cogvideox_factory.data.files import make_output_folder
 from cogvideox_factory.data.store import PreparedSet
-from cogvideox_factory.model.adapters import check_method, needs_bf16
+from cogvideox_factory.model.adapters import check_method, check_names, find_export, needs_bf16
 from cogvideox_factory.model.family import Checkpoint
+from cogvideox_factory.model.pipeline_folder import is_pipeline
 from cogvideox_factory.prepare import check_prepared
 from cogvideox_factory.resolve import check_positions, check_text_length, resolve_data_options
+from cogvideox_factory.run_folder import list_checkpoints
+from cogvideox_factory.sampling import resolve_sampling
 from cogvideox_factory.training.optimizers import resolve_optimizer_options
 
 logger = logging.getLogger(__name__)
@@ -49,6 +52,14 @@ def resolve_options(options: Train, checkpoint: Checkpoint) -> Train:
         if in_root:
             found = in_root if in_root.is_file() else Path(str(data.dataset_file)).absolute()
             data = dataclasses.replace(data, dataset_file=found)
+    # Said before hours of encoding, though they are used after it: names of modules, sizes of the videos.
+    check_names(checkpoint, options.method, options.lora)
+    sampling = resolve_sampling(
+        options.sampling, checkpoint.native_size, checkpoint.size_divisor, checkpoint.temporal_factor
+    )
+    if options.validation.validation_prompt and (options.sampling.height or options.sampling.width):
+        assert sampling.num_frames and sampling.height and sampling.width
+        check_positions(checkpoint, [(sampling.num_frames, sampling.height, sampling.width)])
     held_out = resolve_held_out(options.held_out)
     model = options.model
     if checkpoint.is_local:
@@ -124,9 +135,21 @@ def without_resume(options: Train) -> Train:
     return dataclasses.replace(options, training=dataclasses.replace(options.training, resume_from_checkpoint=None))
 
 
-def claim_run_folder(run: Path, options: Train) -> None:
-    """Make the run's folder, or take it over to go on. Raises UserError where it holds another run or is no use."""
-    if (run / "config.yaml").exists() and not options.training.resume_from_checkpoint:
+def claim_run_folder(run: Path, options: Train, base: Path) -> None:
+    """Make the run's folder, or take it over to go on. `base` is where the base model lies.
+
+    Raises UserError where the folder holds a model or another run, where what it holds would be trained anew, or where
+    it is no use.
+    """
+    is_run = (run / "config.yaml").exists()
+    if run.resolve() == base.resolve() or (is_pipeline(run) and not is_run):
+        raise UserError(f"--output_dir {run}: holds a model, which the run would replace; choose another folder")
+    if is_run and find_export(run) and not list_checkpoints(run):
+        raise UserError(
+            f"--output_dir {run}: holds the result of a run and no checkpoint to go on from; choose another folder, so "
+            "that the result is not replaced"
+        )
+    if is_run and not options.training.resume_from_checkpoint:
         raise UserError(
             f"--output_dir {run}: holds a run already; add --resume_from_checkpoint latest to go on with it, or "
             "choose another folder"

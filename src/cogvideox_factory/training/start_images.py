@@ -1,7 +1,8 @@
 """The pictures that validation videos of an image-to-video model start from: which, and their copies.
 
 They are found once, before the training, and kept, so that a resumed run shows the same ones. The first frame of a
-clip is decoded from its latents. Rejected: to read it from the clip; where only a prepared set is given, there is none.
+clip is decoded from its own latents. Rejected: to read it from the clip; where only a prepared set is given, there is
+none. And to take it from the video's latents; the first of them stand for several frames where a clip has 8k of them.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from cogvideox_factory.config import UserError, ValidationOptions
 from cogvideox_factory.data.files import hash_of, hash_of_bytes, write_durably
 from cogvideox_factory.data.images import is_address, read_image
 from cogvideox_factory.data.store import Entry, PreparedSet
-from cogvideox_factory.model.encoders import decode_first_frame, load_vae
+from cogvideox_factory.model.encoders import decode_image, load_vae
 from cogvideox_factory.model.family import Checkpoint
 
 FIRST_FRAME = "first_frame"
@@ -78,10 +79,10 @@ class StartImages:
             if source != FIRST_FRAME:
                 names.append(self._names[source])
                 continue
-            latents_file = self._clip_for(number, entries).files["latents"][0]
-            names.append(f"{hash_of(latents_file)}.png")
+            file = self._clip_for(number, entries).files["images"][0]
+            names.append(f"{hash_of(file)}.png")
             if not (self.folder / names[-1]).is_file():
-                self._write(names[-1], _first_frame(checkpoint, prepared.read_tensors(latents_file)["mean"], device))
+                self._write(names[-1], _first_frame(checkpoint, prepared.read_tensors(file)["first"], device))
         return names
 
     def _keep(self, source: str, allow_private: bool) -> str:
@@ -107,6 +108,6 @@ class StartImages:
 
 
 def _first_frame(checkpoint: Checkpoint, raw_latents: torch.Tensor, device: torch.device) -> Image.Image:
-    """The first frame of a clip as the VAE gives it back, from raw latents of shape (C, F, H, W)."""
+    """The first frame of a clip as the VAE gives it back, from its raw latents of shape (C, H, W)."""
     vae = load_vae(checkpoint, raw_latents.dtype).to(device)
-    return Image.fromarray(decode_first_frame(vae, raw_latents.to(device)))
+    return Image.fromarray(decode_image(vae, raw_latents.to(device)))
