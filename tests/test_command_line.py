@@ -41,10 +41,10 @@ def test_a_flag_wins_over_yaml_which_wins_over_the_default(tmp_path: Path) -> No
     assert options.lora.rank == 16
     assert options.optimizer.learning_rate == 3e-4
     assert options.data.height_buckets == (256, 480)
-    assert options.training.gradient_checkpointing is True
+    assert options.memory.gradient_checkpointing is True
     assert options.lora.lora_alpha == Train().lora.lora_alpha
     turned_off = parse(f"--config={recipe}", "--no_gradient_checkpointing", "--height_buckets", "720")
-    assert turned_off.training.gradient_checkpointing is False and turned_off.data.height_buckets == (720,)
+    assert turned_off.memory.gradient_checkpointing is False and turned_off.data.height_buckets == (720,)
 
 
 def test_yaml_gives_required_options(tmp_path: Path) -> None:

@@ -282,9 +282,6 @@ class TrainingOptions:
     mixed_precision: Annotated[Literal["no", "fp16", "bf16"] | None, tyro.conf.arg(metavar="{no,fp16,bf16}")] = None
     """Precision of the model; noise and loss are always fp32, and a LoRA is unless --trainable_dtype says otherwise.
     no: fp32. Default: the checkpoint's own type on a GPU (with sft, bf16 where that is fp16), fp32 on a CPU."""
-    gradient_checkpointing: bool = False
-    """Recompute each block in the backward pass instead of keeping its activations: far less memory, about a third
-    more time."""
     drop_last: bool = False
     """Leave out the clips of a bucket that do not fill a batch, anew in each epoch. Default: they make a smaller
     batch, so that every clip is seen once an epoch."""
@@ -307,6 +304,24 @@ class TrainingOptions:
     nccl_timeout: Annotated[int | None, tyro.conf.arg(metavar="SECONDS"), AtLeast(1)] = None
     """How long processes wait for each other, also while one of them prepares clips or makes videos, before they give
     up. Default: 30 days, because a launcher ends all of them when one dies."""
+
+
+@option_group
+class MemoryOptions:
+    """Ways to train with less memory. They change how a step is computed, not what it learns."""
+
+    gradient_checkpointing: bool = False
+    """Recompute each block in the backward pass instead of keeping its activations: far less memory, about a third
+    more time."""
+    offload_activations: bool = False
+    """With --gradient_checkpointing: what is kept of each block, its input, waits in the host's memory for the backward
+    pass, copied while the GPU computes."""
+    feed_forward_chunks: Annotated[int, AtLeast(1)] = 1
+    """Compute the feed-forward of each block in so many parts of its sequence, each recomputed in the backward pass, so
+    that only one part's activations are there at a time. Results differ by rounding."""
+    resident_blocks: Count = None
+    """With --gradient_checkpointing and a LoRA: keep the frozen weights of the blocks in the host's memory, and on the
+    GPU those of so many blocks at a time; from 2 on, the next block is copied while one is computed. Default: all."""
 
 
 @option_group
@@ -552,6 +567,7 @@ class Train:
     method: MethodOptions = field(default_factory=MethodOptions)
     lora: LoraOptions = field(default_factory=LoraOptions)
     training: TrainingOptions = field(default_factory=TrainingOptions)
+    memory: MemoryOptions = field(default_factory=MemoryOptions)
     objective: ObjectiveOptions = field(default_factory=ObjectiveOptions)
     optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
     validation: ValidationOptions = field(default_factory=ValidationOptions)

@@ -33,7 +33,8 @@ def make_accelerator(options: Train, checkpoint: Checkpoint) -> Accelerator:
 def wrap(accelerator: Accelerator, transformer, optimizer: torch.optim.Optimizer):
     """Model and optimizer as the engine wants them.
 
-    The optimizer's state is where it belongs already, which is not always the GPU; DeepSpeed wants no say in it.
+    Weights and the optimizer's state are where they belong already, which is not always the GPU; DeepSpeed wants no
+    say in it.
     """
-    placement = None if accelerator.distributed_type == DistributedType.DEEPSPEED else [True, False]
+    placement = None if accelerator.distributed_type == DistributedType.DEEPSPEED else [False, False]
     return accelerator.prepare(transformer, optimizer, device_placement=placement)

@@ -21,6 +21,7 @@ from cogvideox_factory.config import RunError, Train, write_config
 from cogvideox_factory.data.loader import StepBatches, load_steps
 from cogvideox_factory.data.sampler import Sampler
 from cogvideox_factory.data.split import num_videos
+from cogvideox_factory.memory.strategies import apply, check_memory
 from cogvideox_factory.model.adapters import attach, describe_method, export, find_export, trainable_parameters
 from cogvideox_factory.model.denoiser import Denoiser, load_scheduler, load_transformer
 from cogvideox_factory.model.device import free_memory
@@ -60,6 +61,7 @@ def train(options: Train) -> Path:
     options = resolve_options(options, checkpoint)
     accelerator = make_accelerator(options, checkpoint)
     check_optimizer(options.optimizer, accelerator)
+    check_memory(options.memory, options.method, accelerator.num_processes)
     device = accelerator.device
     check_data_sets(options)  # what is wrong with one as a whole is said before a folder is made
     if accelerator.is_main_process:
@@ -271,9 +273,9 @@ def build_model(options: Train, checkpoint: Checkpoint, dtype: torch.dtype, devi
     # After the base has its type, in which its own weights are trained; a LoRA has one of its own.
     keeps_bf16 = options.optimizer.trainable_dtype == "bf16"
     attach(transformer, options.method, options.lora, options.seed, keeps_bf16=keeps_bf16)
-    if options.training.gradient_checkpointing:
-        transformer.enable_gradient_checkpointing()  # after all layers are in their blocks
-    return transformer.to(device)
+    # After all layers are in their blocks and frozen weights are known by it. It also brings the model to its device:
+    # what is to live on the host must never be all on the GPU first.
+    return apply(transformer, options.memory, device)
 
 
 def optimizer_step(

@@ -1,0 +1,125 @@
+"""The table of memory strategies, which the trainer applies and a planner reads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from cogvideox_factory.config import MemoryOptions, MethodOptions, UserError
+from cogvideox_factory.memory.activations import OffloadedCheckpoints
+from cogvideox_factory.memory.block_swap import swap_blocks
+from cogvideox_factory.memory.feed_forward import chunk_feed_forward
+from cogvideox_factory.memory.lora_precision import compute_in_base_type
+from cogvideox_factory.model.adapters import is_lora
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """One way to spend less memory."""
+
+    name: str
+    flag: str | None  # None: it has none, and is on wherever it applies
+    is_on: Callable[[MemoryOptions], bool]
+    apply: Callable[[Any, MemoryOptions, torch.device], None]  # to a transformer with what it trains attached
+    saves: str
+    costs: str
+    needs_checkpointing: bool = False
+    needs_lora: bool = False
+    needs_one_process: bool = False
+
+
+def _checkpoint_blocks(transformer, options: MemoryOptions, device: torch.device) -> None:
+    transformer.enable_gradient_checkpointing(OffloadedCheckpoints(device) if options.offload_activations else None)
+
+
+# In the order in which they are applied.
+STRATEGIES: tuple[Strategy, ...] = (
+    Strategy(
+        name="LoRA in the base model's type",
+        flag=None,
+        is_on=lambda options: True,
+        apply=lambda transformer, options, device: compute_in_base_type(transformer) if is_lora(transformer) else None,
+        saves="fp32 copies of the activations that enter a LoRA over a 16-bit layer",
+        costs="products of the LoRA are rounded to 16 bits, as those of the base are",
+        needs_lora=True,
+    ),
+    Strategy(
+        name="feed-forward in chunks",
+        flag="--feed_forward_chunks",
+        is_on=lambda options: options.feed_forward_chunks > 1,
+        apply=lambda transformer, options, device: chunk_feed_forward(transformer, options.feed_forward_chunks),
+        saves="all but one chunk of the hidden activations of a feed-forward, at the peak of a step",
+        costs="each feed-forward is computed once more; results differ by rounding",
+    ),
+    Strategy(
+        name="block checkpointing",
+        flag="--gradient_checkpointing",
+        is_on=lambda options: options.gradient_checkpointing,
+        apply=_checkpoint_blocks,
+        saves="the activations of all blocks but one, save the inputs of each",
+        costs="each block is computed once more in the backward pass",
+    ),
+    Strategy(
+        name="block inputs on the host",
+        flag="--offload_activations",
+        is_on=lambda options: options.offload_activations,
+        apply=lambda transformer, options, device: None,  # it is how blocks are checkpointed
+        saves="the inputs of all blocks but a few",
+        costs="as much host memory, and copies that run beside the computation",
+        needs_checkpointing=True,
+    ),
+    Strategy(
+        name="block swap",
+        flag="--resident_blocks",
+        is_on=lambda options: options.resident_blocks is not None,
+        apply=lambda transformer, options, device: _swap(transformer, options, device),
+        saves="the frozen weights of all blocks but a few",
+        costs="as much host memory, and copies of them in every pass, which run beside the computation",
+        needs_checkpointing=True,
+        needs_lora=True,
+        needs_one_process=True,
+    ),
+)
+
+
+def _swap(transformer, options: MemoryOptions, device: torch.device) -> None:
+    assert options.resident_blocks is not None
+    if options.resident_blocks < len(transformer.transformer_blocks):
+        swap_blocks(transformer, options.resident_blocks, device)
+    else:
+        transformer.to(device)
+
+
+def chosen(options: MemoryOptions) -> list[Strategy]:
+    """The strategies that the options ask for, in the order in which they are applied."""
+    return [strategy for strategy in STRATEGIES if strategy.is_on(options)]
+
+
+def check_memory(options: MemoryOptions, method: MethodOptions, num_processes: int) -> None:
+    """Raises UserError where a strategy is asked for that cannot be applied."""
+    for strategy in chosen(options):
+        if strategy.flag is None:
+            continue
+        if strategy.needs_checkpointing and not options.gradient_checkpointing:
+            raise UserError(f"{strategy.flag}: needs the blocks to be checkpointed; add --gradient_checkpointing")
+        if strategy.needs_lora and method.training_type != "lora":
+            raise UserError(
+                f"{strategy.flag}: moves weights that are frozen, and --training_type {method.training_type} trains "
+                "them; leave it out, or take --training_type lora"
+            )
+        if strategy.needs_one_process and num_processes > 1:
+            raise UserError(f"{strategy.flag}: for one GPU only, and there are {num_processes} processes; leave it out")
+
+
+def apply(transformer, options: MemoryOptions, device: torch.device):
+    """The transformer on its device, with the strategies that the options ask for; it is changed in place.
+
+    It comes with what it trains attached, all of it on the host, and with options that `check_memory` has passed.
+    """
+    for strategy in chosen(options):
+        strategy.apply(transformer, options, device)
+    # Swapped blocks have put it there already, and must not be moved.
+    return transformer if options.resident_blocks is not None else transformer.to(device)
