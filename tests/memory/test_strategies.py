@@ -4,21 +4,29 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from memory.steps import Course, train
+from accelerate import Accelerator
+from safetensors.torch import load_file
+from training_steps import Course, train
 
-from cogvideox_factory.config import MemoryOptions
+from cogvideox_factory.config import MemoryOptions, MethodOptions, SamplingOptions, UserError
 from cogvideox_factory.data.store import Entry, PreparedSet
+from cogvideox_factory.memory.strategies import STRATEGIES, check_memory, chosen
+from cogvideox_factory.model.denoiser import load_scheduler
 from cogvideox_factory.model.family import Checkpoint
+from cogvideox_factory.sampling import generate, pipeline_in_memory
+from cogvideox_factory.training import loop
 
 CHECKPOINTED = MemoryOptions(gradient_checkpointing=True)
 MOVING: dict[str, MemoryOptions] = {
     "checkpointed": CHECKPOINTED,
     "offloaded": dataclasses.replace(CHECKPOINTED, offload_activations=True),
-    **{f"swapped-{count}": dataclasses.replace(CHECKPOINTED, resident_blocks=count) for count in (1, 2, 3, 4)},
+    **{f"swapped-{count}": dataclasses.replace(CHECKPOINTED, resident_blocks=count) for count in (1, 2, 4)},
     "offloaded-swapped": dataclasses.replace(CHECKPOINTED, offload_activations=True, resident_blocks=2),
 }
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -38,9 +46,7 @@ def plain(checkpoint: Checkpoint, prepared: PreparedSet, entries: list[Entry]) -
     return get
 
 
-@pytest.mark.parametrize(
-    ("name", "dtype"), [*((name, "fp32") for name in MOVING), ("checkpointed", "bf16"), ("offloaded-swapped", "bf16")]
-)
+@pytest.mark.parametrize(("name", "dtype"), [*((name, "fp32") for name in MOVING), ("offloaded-swapped", "bf16")])
 def test_what_moves_or_recomputes_changes_no_bit(
     name: str, dtype: str, plain, checkpoint: Checkpoint, prepared: PreparedSet, entries: list[Entry]
 ) -> None:
@@ -60,5 +66,154 @@ def test_nor_over_accumulated_batches(
 def test_offloading_changes_no_bit_of_a_full_fine_tuning(
     plain, checkpoint: Checkpoint, prepared: PreparedSet, entries: list[Entry]
 ) -> None:
-    settings = {"training_type": "sft", "num_steps": 2}
+    settings: dict[str, Any] = {"training_type": "sft", "num_steps": 2}
     assert train(checkpoint, prepared, entries, MOVING["offloaded"], **settings) == plain(**settings)
+
+
+CHUNKS = MemoryOptions(feed_forward_chunks=3)
+
+
+@pytest.fixture(scope="module")
+def chunked(checkpoint: Checkpoint, prepared: PreparedSet, entries: list[Entry]) -> Course:
+    return train(checkpoint, prepared, entries, CHUNKS)
+
+
+def test_chunks_of_the_feed_forward_differ_by_rounding_only(
+    plain, chunked: Course, checkpoint: Checkpoint, prepared: PreparedSet, entries: list[Entry]
+) -> None:
+    torch.testing.assert_close(torch.tensor(chunked.losses), torch.tensor(plain().losses), rtol=1e-5, atol=0)
+    # Gradients of the feed-forward's own weights are sums over the chunks.
+    settings: dict[str, Any] = {"training_type": "sft", "num_steps": 2}
+    ours, theirs = train(checkpoint, prepared, entries, CHUNKS, **settings), plain(**settings)
+    assert ours != theirs  # else the chunks were not there
+    torch.testing.assert_close(torch.tensor(ours.losses), torch.tensor(theirs.losses), rtol=1e-5, atol=0)
+    torch.testing.assert_close(torch.tensor(ours.norms), torch.tensor(theirs.norms), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize(
+    "memory",
+    [dataclasses.replace(MOVING[name], feed_forward_chunks=3) for name in ("checkpointed", "offloaded", "swapped-2")],
+    ids=["checkpointed", "offloaded", "swapped"],
+)
+def test_chunks_go_with_every_other_strategy(
+    memory: MemoryOptions, chunked: Course, checkpoint: Checkpoint, prepared: PreparedSet, entries: list[Entry]
+) -> None:
+    assert train(checkpoint, prepared, entries, memory) == chunked
+
+
+ALL = MemoryOptions(gradient_checkpointing=True, offload_activations=True, feed_forward_chunks=3, resident_blocks=2)
+
+
+def test_a_validation_between_steps_is_that_of_the_plain_model_and_leaves_the_training_as_it_was(
+    chunked: Course, checkpoint: Checkpoint, prepared: PreparedSet, entries: list[Entry]
+) -> None:
+    videos: dict[str, list[np.ndarray]] = {"plain": [], "all": []}
+
+    def sample(name: str) -> Callable[[int, Any], None]:
+        def before_step(number: int, transformer) -> None:
+            if number in (0, 2, 3):
+                options = SamplingOptions(num_frames=9, height=64, width=96, num_inference_steps=2)
+                pipeline = pipeline_in_memory(
+                    checkpoint, transformer, load_scheduler(checkpoint), options, torch.float32, torch.device("cpu")
+                )
+                pipeline.set_progress_bar_config(disable=True)
+                embeds = prepared.read_tensors(entries[0].files["prompt"][0])["prompt_embeds"][None]
+                prompt: dict[str, Any] = {"prompt_embeds": embeds, "negative_prompt_embeds": torch.zeros_like(embeds)}
+                transformer.eval()
+                videos[name].append(generate(pipeline, options, 1, max_sequence_length=226, **prompt))
+                transformer.train()
+
+        return before_step
+
+    assert train(checkpoint, prepared, entries, ALL, before_step=sample("all")) == chunked
+    train(checkpoint, prepared, entries, CHUNKS, num_steps=4, before_step=sample("plain"))
+    assert len(videos["all"]) == 3
+    assert all(np.array_equal(ours, theirs) for ours, theirs in zip(videos["all"], videos["plain"], strict=True))
+
+
+def test_names_and_frozen_weights_stay(checkpoint: Checkpoint, prepared: PreparedSet, entries: list[Entry]) -> None:
+    models: list[Any] = []
+
+    def keep(number: int, transformer) -> None:
+        models.append(transformer)
+
+    train(checkpoint, prepared, entries, ALL, num_steps=2, before_step=keep)
+    train(checkpoint, prepared, entries, MemoryOptions(), num_steps=1, before_step=keep)
+    swapped, plain_model = models[0].state_dict(), models[2].state_dict()
+    assert list(swapped) == list(plain_model)
+    frozen = [name for name in swapped if "lora_" not in name]
+    assert len(frozen) > 50 and all(torch.equal(swapped[name], plain_model[name]) for name in frozen)
+
+
+@pytest.mark.parametrize(
+    ("memory", "method", "num_processes", "told"),
+    [
+        (MemoryOptions(offload_activations=True), "lora", 1, "--offload_activations: needs the blocks to be checkp"),
+        (MemoryOptions(resident_blocks=2), "lora", 1, "--resident_blocks: needs the blocks to be checkpointed; add"),
+        (MOVING["swapped-2"], "sft", 1, "--resident_blocks: moves weights that are frozen, and --training_type sft"),
+        (MOVING["swapped-2"], "lora", 2, "--resident_blocks: for one GPU only, and there are 2 processes"),
+    ],
+)
+def test_what_cannot_be_applied_is_refused(memory: MemoryOptions, method: Any, num_processes: int, told: str) -> None:
+    with pytest.raises(UserError, match=told):
+        check_memory(memory, MethodOptions(training_type=method), num_processes)
+
+
+def test_what_can_be_applied_is_not_refused() -> None:
+    for memory in MOVING.values():
+        check_memory(memory, MethodOptions(), 1)
+    check_memory(dataclasses.replace(ALL, resident_blocks=None), MethodOptions(training_type="sft"), 2)
+
+
+def test_the_table_names_options_that_exist_and_the_page_names_them_all() -> None:
+    flags = {f"--{option.name}" for option in dataclasses.fields(MemoryOptions)}
+    assert {strategy.flag for strategy in STRATEGIES} - {None} == flags
+    page = (Path(__file__).parents[2] / "docs/memory.md").read_text()
+    for strategy in STRATEGIES:
+        assert strategy.name in page and (strategy.flag or "") in page
+    assert [strategy.flag for strategy in chosen(ALL)] == [strategy.flag for strategy in STRATEGIES]
+
+
+def test_the_engine_moves_no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = torch.nn.Linear(2, 2)
+    monkeypatch.setattr(model, "to", None)  # what is swapped would be on the GPU for good
+    loop.wrap(Accelerator(cpu=True), model, torch.optim.AdamW(model.parameters()))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("memory", [*MOVING.values(), ALL], ids=[*MOVING, "all"])
+def test_on_a_gpu_they_change_no_bit(
+    memory: MemoryOptions, checkpoint: Checkpoint, prepared: PreparedSet, entries: list[Entry]
+) -> None:
+    whole = MemoryOptions(feed_forward_chunks=memory.feed_forward_chunks)
+    gpu = torch.device("cuda")
+    for dtype in TYPES.values():
+        courses = [train(checkpoint, prepared, entries, options, dtype, device=gpu) for options in (whole, memory)]
+        assert courses[0] == courses[1]
+
+
+def test_a_run_with_all_of_them_that_was_resumed_is_that_without(
+    cli: Callable[..., tuple[int, str, str]], tmp_path: Path, tiny_model: Path, prepared_folder: Path
+) -> None:
+    def run(name: str, num_steps: int, *flags: str) -> None:
+        code, _, messages = cli(
+            *("train", "--pretrained_model_name_or_path", tiny_model, "--data_root", prepared_folder),
+            *("--load_tensors", "--output_dir", tmp_path / name, "--rank", "4", "--learning_rate", "1e-2"),
+            *("--checkpointing_steps", "2", "--validation_fraction", "0.2", "--max_train_steps", str(num_steps)),
+            *("--validation_prompt", "a red square", "--num_inference_steps", "2", "--num_frames", "9"),
+            *("--validation_steps", "2", "--ema_decay", "0.5", *flags),
+        )
+        assert code == 0, messages
+
+    all_flags = ("--gradient_checkpointing", "--offload_activations", "--resident_blocks", "2")
+    all_flags += ("--feed_forward_chunks", "3")
+    run("plain", 4)
+    run("all", 2, *all_flags)
+    run("all", 4, *all_flags, "--resume_from_checkpoint", "latest")
+    written = ["pytorch_lora_weights.safetensors", "checkpoints/step-00000004/optimizer.safetensors"]
+    written += [f"checkpoints/step-00000004/{name}.safetensors" for name in ("trainable", "ema")]
+    for file in written:
+        plain, ours = (load_file(tmp_path / name / file) for name in ("plain", "all"))
+        assert plain.keys() == ours.keys() and all(torch.equal(plain[name], ours[name]) for name in plain), file
+    for file in ("validation_loss.jsonl", "validation/step-00000002/prompt-00-video-0.mp4"):
+        assert (tmp_path / "plain" / file).read_bytes() == (tmp_path / "all" / file).read_bytes(), file

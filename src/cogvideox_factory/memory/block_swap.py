@@ -80,7 +80,6 @@ class BlockSwap:
         """Indices of the blocks that have a slot."""
         return [index for index, block in enumerate(self._blocks) if block.slot is not None]
 
-    @torch.no_grad()
     def _enter(self, index: int) -> None:
         """Before a block is called: its weights are there, and those of the next one are on their way."""
         waits = self._waits(index)
@@ -103,7 +102,7 @@ class BlockSwap:
         others = range(len(self._blocks))
         if not torch.is_grad_enabled():
             return [(other - index) % len(self._blocks) for other in others]
-        if index < self._last or index == self._last == last:  # backward, and then forward from the first block
+        if 0 < index < self._last or index == self._last == last:  # backward, and then forward from the first block
             return [index - other if other <= index else index + other + 1 for other in others]
         return [other - index if other >= index else 2 * last + 1 - index - other for other in others]
 
