@@ -21,6 +21,12 @@ A clip becomes latents once; a batch of latents becomes a loss. The map, in the 
     model/full.py       full fine-tuning: which weights are trained
     model/pipeline_folder.py   a fine-tuned model as a whole pipeline on disk
     model/adapters.py   LoRA or the model's own weights: attach, save, load
+    memory/strategies.py    the ways to train with less memory, one table
+    memory/copies.py    copies between host and GPU beside the computation
+    memory/activations.py   inputs of blocks, kept on the host
+    memory/block_swap.py    frozen weights of blocks, kept on the host
+    memory/feed_forward.py  the feed-forward in chunks
+    memory/lora_precision.py   a LoRA that computes in 16 bits
     resolve.py          what the checkpoint decides where the user did not
     prepare.py          data + encoders → prepared set
     inspection.py       a data set as training would see it, with its problems
@@ -35,7 +41,7 @@ A clip becomes latents once; a batch of latents becomes a loss. The map, in the 
     cli.py              the commands
 
 Modules import only from those above them in the chain
-config ← data, model ← prepare, sampling ← training ← report ← cli; data and model do not know each other.
+config ← data, model ← memory ← prepare, sampling ← training ← report ← cli; data and model do not know each other.
 """
 
 __version__ = "0.1.0"
