@@ -79,7 +79,9 @@ def train(
     accelerator = Accelerator(cpu=device is None or device.type == "cpu")
     transformer = loop.build_model(options, checkpoint, dtype, accelerator.device)
     trained = trainable_parameters(transformer)
-    raw_optimizer = build_optimizer(list(trained.values()), options.optimizer, 2)
+    raw_optimizer = build_optimizer(
+        list(trained.values()), options.optimizer, 2, in_backward=memory.optimizer_in_backward
+    )
     model, optimizer = loop.wrap(accelerator, transformer, raw_optimizer)
     transformer.train()
     denoiser, scheduler, course = Denoiser(checkpoint, dtype), load_scheduler(checkpoint), Course()

@@ -322,6 +322,9 @@ class MemoryOptions:
     resident_blocks: Count = None
     """With --gradient_checkpointing and a LoRA: keep the frozen weights of the blocks in the host's memory, and on the
     GPU those of so many blocks at a time; from 2 on, the next block is copied while one is computed. Default: all."""
+    optimizer_in_backward: bool = False
+    """Step each weight as soon as its gradient is there, and drop the gradient. Needs --max_grad_norm 0 and
+    --gradient_accumulation_steps 1."""
 
 
 @option_group

@@ -12,9 +12,17 @@ import pytest
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
-from training_steps import Course, train
+from training_steps import OPTIMIZER, Course, train
 
-from cogvideox_factory.config import MemoryOptions, MethodOptions, SamplingOptions, UserError
+from cogvideox_factory.config import (
+    MemoryOptions,
+    MethodOptions,
+    OptimizerOptions,
+    SamplingOptions,
+    Train,
+    TrainingOptions,
+    UserError,
+)
 from cogvideox_factory.data.store import Entry, PreparedSet
 from cogvideox_factory.memory.strategies import STRATEGIES, check_memory, chosen
 from cogvideox_factory.model.denoiser import load_scheduler
@@ -146,24 +154,61 @@ def test_names_and_frozen_weights_stay(checkpoint: Checkpoint, prepared: Prepare
     assert len(frozen) > 50 and all(torch.equal(swapped[name], plain_model[name]) for name in frozen)
 
 
+IN_BACKWARD = MemoryOptions(optimizer_in_backward=True)
+UNCLIPPED = dataclasses.replace(OPTIMIZER, max_grad_norm=0.0)
+
+
+@pytest.mark.parametrize("training_type", ["lora", "sft"])
+def test_stepping_in_the_backward_pass_changes_no_bit(
+    training_type: str, plain, checkpoint: Checkpoint, prepared: PreparedSet, entries: list[Entry]
+) -> None:
+    dtype = {"lora": "fp32", "sft": "bf16"}[training_type]  # that of sft has masters
+    settings: dict[str, Any] = {"training_type": training_type, "optimizer_options": UNCLIPPED, "num_steps": 3}
+    memory = dataclasses.replace(IN_BACKWARD, gradient_checkpointing=True, offload_activations=True)
+    if training_type == "lora":
+        memory = dataclasses.replace(memory, resident_blocks=2)
+    assert train(checkpoint, prepared, entries, memory, TYPES[dtype], **settings) == plain(dtype, **settings)
+
+
+def options_of(
+    memory: MemoryOptions, training_type: Any = "lora", optimizer: OptimizerOptions = OPTIMIZER, accumulate: int = 1
+) -> Train:
+    return Train(
+        memory=memory,
+        method=MethodOptions(training_type=training_type),
+        optimizer=optimizer,
+        training=TrainingOptions(gradient_accumulation_steps=accumulate),
+    )
+
+
+PRODIGY = dataclasses.replace(UNCLIPPED, optimizer="prodigy")
+
+
 @pytest.mark.parametrize(
-    ("memory", "method", "num_processes", "told"),
+    ("options", "num_processes", "told"),
     [
-        (MemoryOptions(offload_activations=True), "lora", 1, "--offload_activations: needs the blocks to be checkp"),
-        (MemoryOptions(resident_blocks=2), "lora", 1, "--resident_blocks: needs the blocks to be checkpointed; add"),
-        (MOVING["swapped-2"], "sft", 1, "--resident_blocks: moves weights that are frozen, and --training_type sft"),
-        (MOVING["swapped-2"], "lora", 2, "--resident_blocks: for one GPU only, and there are 2 processes"),
+        (options_of(MemoryOptions(offload_activations=True)), 1, "--offload_activations: needs the blocks to be check"),
+        (options_of(MemoryOptions(resident_blocks=2)), 1, "--resident_blocks: needs the blocks to be checkpointed; ad"),
+        (options_of(MOVING["swapped-2"], "sft"), 1, "--resident_blocks: moves weights that are frozen, and --training"),
+        (options_of(MOVING["swapped-2"]), 2, "--resident_blocks: for one GPU only, and there are 2 processes"),
+        (options_of(IN_BACKWARD), 1, "--optimizer_in_backward: --max_grad_norm 1 clips .* add --max_grad_norm 0"),
+        (options_of(IN_BACKWARD, optimizer=UNCLIPPED, accumulate=2), 1, "--gradient_accumulation_steps 2 keeps grad"),
+        (options_of(IN_BACKWARD, optimizer=PRODIGY), 1, "--optimizer_in_backward: prodigy finds one rate"),
+        (options_of(IN_BACKWARD, optimizer=UNCLIPPED), 2, "--optimizer_in_backward: for one GPU only"),
     ],
 )
-def test_what_cannot_be_applied_is_refused(memory: MemoryOptions, method: Any, num_processes: int, told: str) -> None:
+def test_what_cannot_be_applied_is_refused(options: Train, num_processes: int, told: str) -> None:
     with pytest.raises(UserError, match=told):
-        check_memory(memory, MethodOptions(training_type=method), num_processes)
+        check_memory(options, num_processes, has_scaler=False)
 
 
 def test_what_can_be_applied_is_not_refused() -> None:
     for memory in MOVING.values():
-        check_memory(memory, MethodOptions(), 1)
-    check_memory(dataclasses.replace(ALL, resident_blocks=None), MethodOptions(training_type="sft"), 2)
+        check_memory(options_of(memory), 1, has_scaler=True)
+    check_memory(options_of(dataclasses.replace(ALL, resident_blocks=None), "sft"), 2, has_scaler=False)
+    check_memory(options_of(IN_BACKWARD, "sft", UNCLIPPED), 1, has_scaler=False)
+    with pytest.raises(UserError, match="not together with fp16"):
+        check_memory(options_of(IN_BACKWARD, optimizer=UNCLIPPED), 1, has_scaler=True)
 
 
 def test_the_table_names_options_that_exist_and_the_page_names_them_all() -> None:
@@ -172,7 +217,8 @@ def test_the_table_names_options_that_exist_and_the_page_names_them_all() -> Non
     page = (Path(__file__).parents[2] / "docs/memory.md").read_text()
     for strategy in STRATEGIES:
         assert strategy.name in page and (strategy.flag or "") in page
-    assert [strategy.flag for strategy in chosen(ALL)] == [strategy.flag for strategy in STRATEGIES]
+    everything = dataclasses.replace(ALL, optimizer_in_backward=True)
+    assert chosen(everything) == list(STRATEGIES) and len(chosen(MemoryOptions())) == 1
 
 
 def test_the_engine_moves_no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,14 +257,14 @@ def test_a_run_with_all_of_them_that_was_resumed_is_that_without(
                 str(num_steps),
             ),
             *("--validation_prompt", "a red square", "--num_inference_steps", "2", "--num_frames", "9"),
-            *("--validation_steps", "2", "--ema_decay", "0.5", *flags),
+            *("--validation_steps", "2", "--ema_decay", "0.5", "--max_grad_norm", "0", *flags),
         )
         assert code == 0, messages
 
     all_flags = ["--gradient_checkpointing", "--offload_activations", "--resident_blocks", "2"]
     all_flags += ["--feed_forward_chunks", "3"]
     run("plain", 4)
-    run("all", 3, *all_flags)
+    run("all", 3, *all_flags, "--optimizer_in_backward")  # which its checkpoint does not depend on
     run("all", 4, *all_flags, "--resume_from_checkpoint", "latest")
     written = ["pytorch_lora_weights.safetensors"]
     written += [f"checkpoints/step-00000004/{name}.safetensors" for name in ("trainable", "ema", "optimizer")]

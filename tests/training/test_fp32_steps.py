@@ -71,10 +71,15 @@ def on_host(parameters: list[Parameter], **arguments: Any) -> Fp32Steps:
     return Fp32Steps(parameters, build, on_host=True, **arguments)
 
 
+def in_backward(parameters: list[Parameter]) -> torch.optim.Optimizer:
+    return build_optimizer(parameters, SETTINGS, 1, in_backward=True)
+
+
 BUILDERS: dict[str, Callable[[list[Parameter]], torch.optim.Optimizer]] = {
     "masters": lambda parameters: build_optimizer(parameters, SETTINGS, 1),
     "on the host": on_host,
     "on the host, gradients too": lambda parameters: on_host(parameters, offload_gradients=True),
+    "in the backward pass": in_backward,
     "all weights at once": lambda parameters: on_host(parameters, one_by_one=False),
 }
 
@@ -91,6 +96,35 @@ def test_masters_equal_a_plain_loop_with_fp32_weights(name: str) -> None:
         assert ours.dtype == torch.float32 and torch.equal(ours, theirs)
         assert our_copy.dtype == torch.bfloat16 and torch.equal(our_copy, their_copy)
     assert not torch.equal(masters[0], masters[0].bfloat16().float())  # they hold what bf16 cannot
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_in_the_backward_pass_one_gradient_is_there_at_a_time_and_their_norm_is_known(dtype: torch.dtype) -> None:
+    model, reference, accelerator = make_model(dtype), make_model(dtype), Accelerator(cpu=True)
+    parameters = list(model.parameters())
+    counts: list[int] = []
+
+    def count(parameter: Parameter) -> None:
+        counts.append(sum(other.grad is not None for other in parameters))
+
+    for parameter in parameters:  # before the optimizer's own hook
+        parameter.register_post_accumulate_grad_hook(count)
+    optimizer = in_backward(parameters)
+    for number in range(2):
+        before = [parameter.detach().clone() for parameter in parameters]
+        for ours, theirs in zip(before, reference.parameters(), strict=True):
+            theirs.data.copy_(ours)
+            theirs.grad = None
+        for trained in (model, reference):
+            trained(make_batch(number).to(dtype)).float().square().mean().backward()
+        assert all(parameter.grad is None for parameter in parameters)
+        norm = clip_gradients(accelerator, optimizer, parameters, float("inf"))
+        assert torch.equal(
+            norm, torch.nn.utils.get_total_norm([p.grad for p in reference.parameters() if p.grad is not None])
+        )
+        optimizer.step()
+        optimizer.zero_grad()
+    assert counts == [1] * 8
 
 
 @pytest.mark.parametrize("name", ["masters", "on the host, gradients too"])

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from cogvideox_factory.config import MemoryOptions, MethodOptions, UserError
+from cogvideox_factory.config import MemoryOptions, Train, UserError
 from cogvideox_factory.memory.activations import OffloadedCheckpoints
 from cogvideox_factory.memory.block_swap import swap_blocks
 from cogvideox_factory.memory.feed_forward import chunk_feed_forward
@@ -29,6 +29,7 @@ class Strategy:
     needs_checkpointing: bool = False
     needs_lora: bool = False
     needs_one_process: bool = False
+    steps_in_backward: bool = False
 
 
 def _checkpoint_blocks(transformer, options: MemoryOptions, device: torch.device) -> None:
@@ -82,6 +83,16 @@ STRATEGIES: tuple[Strategy, ...] = (
         needs_lora=True,
         needs_one_process=True,
     ),
+    Strategy(
+        name="optimizer in the backward pass",
+        flag="--optimizer_in_backward",
+        is_on=lambda options: options.optimizer_in_backward,
+        apply=lambda transformer, options, device: None,  # it is how the optimizer is built
+        saves="the gradients of all weights but one",
+        costs="no clipping to a common norm, no accumulated batches",
+        needs_one_process=True,
+        steps_in_backward=True,
+    ),
 )
 
 
@@ -98,12 +109,13 @@ def chosen(options: MemoryOptions) -> list[Strategy]:
     return [strategy for strategy in STRATEGIES if strategy.is_on(options)]
 
 
-def check_memory(options: MemoryOptions, method: MethodOptions, num_processes: int) -> None:
-    """Raises UserError where a strategy is asked for that cannot be applied."""
-    for strategy in chosen(options):
+def check_memory(options: Train, num_processes: int, *, has_scaler: bool) -> None:
+    """Raises UserError where a strategy is asked for that cannot be applied. `has_scaler`: gradients are fp16."""
+    method = options.method
+    for strategy in chosen(options.memory):
         if strategy.flag is None:
             continue
-        if strategy.needs_checkpointing and not options.gradient_checkpointing:
+        if strategy.needs_checkpointing and not options.memory.gradient_checkpointing:
             raise UserError(f"{strategy.flag}: needs the blocks to be checkpointed; add --gradient_checkpointing")
         if strategy.needs_lora and method.training_type != "lora":
             raise UserError(
@@ -112,6 +124,27 @@ def check_memory(options: MemoryOptions, method: MethodOptions, num_processes: i
             )
         if strategy.needs_one_process and num_processes > 1:
             raise UserError(f"{strategy.flag}: for one GPU only, and there are {num_processes} processes; leave it out")
+        if strategy.steps_in_backward:
+            _check_steps_in_backward(strategy.flag, options, has_scaler)
+
+
+def _check_steps_in_backward(flag: str, options: Train, has_scaler: bool) -> None:
+    """Raises UserError for what has to see all gradients of a step at once."""
+    norm, batches = options.optimizer.max_grad_norm, options.training.gradient_accumulation_steps
+    if norm:
+        raise UserError(
+            f"{flag}: --max_grad_norm {norm:g} clips by the norm of all gradients, which are never there together; add "
+            "--max_grad_norm 0"
+        )
+    if batches > 1:
+        raise UserError(
+            f"{flag}: --gradient_accumulation_steps {batches} keeps gradients from batch to batch; take 1, and a "
+            "larger --train_batch_size"
+        )
+    if options.optimizer.optimizer == "prodigy":
+        raise UserError(f"{flag}: prodigy finds one rate from all gradients together; take --optimizer adamw")
+    if has_scaler:
+        raise UserError(f"{flag}: not together with fp16, whose gradients are scaled; take --mixed_precision bf16")
 
 
 def apply(transformer, options: MemoryOptions, device: torch.device):

@@ -36,10 +36,13 @@ class Fp32Steps(torch.optim.Optimizer):
         on_host: bool = False,
         offload_gradients: bool = False,
         one_by_one: bool = True,
+        in_backward: bool = False,
     ):
         """`build` makes the inner optimizer, with one parameter group. `on_host`: masters and states are in the
         host's memory. `offload_gradients`: gradients go there too, each as soon as the backward pass has made it.
-        `one_by_one` is false for an optimizer whose step looks at all weights together."""
+        `one_by_one` is false for an optimizer whose step looks at all weights together. `in_backward`: each weight is
+        stepped as soon as the backward pass has made its gradient, which is dropped with that."""
+        assert one_by_one or not in_backward
         self._rounds_stochastically = stochastic_rounding
         self._on_host = on_host
         self._one_by_one = one_by_one
@@ -49,9 +52,10 @@ class Fp32Steps(torch.optim.Optimizer):
         self._num_steps = 0
         self._generators: dict[torch.device, torch.Generator] = {}
         self._host_gradients: dict[Parameter, torch.Tensor] = {}
-        if offload_gradients:
-            for parameter in parameters:
-                parameter.register_post_accumulate_grad_hook(self._move_gradient)
+        self._in_backward = in_backward
+        self._norms: dict[Parameter, torch.Tensor] = {}  # of the gradients of this step that are gone
+        for parameter in parameters if offload_gradients or in_backward else ():
+            parameter.register_post_accumulate_grad_hook(self._step_now if in_backward else self._move_gradient)
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
@@ -74,6 +78,7 @@ class Fp32Steps(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         self._num_steps = state_dict.get("num_steps", 0)
+        self._generators.clear()  # which are seeded by it
         self._inner.load_state_dict({name: state_dict[name] for name in ("state", "param_groups")})
 
     def held_weight(self, parameter: Parameter) -> torch.Tensor:
@@ -84,27 +89,30 @@ class Fp32Steps(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """One update of every weight that has a gradient; the gradients are used up."""
         assert closure is None
-        for generator in self._generators.values():
-            generator.manual_seed(self._num_steps)
         stepping = [
             (parameter, stand_in)
             for parameter, stand_in in self._stand_ins.items()
             if parameter.grad is not None or parameter in self._host_gradients
         ]
         for pairs in [[pair] for pair in stepping] if self._one_by_one else [stepping]:
-            for parameter, stand_in in pairs:
-                self._fetch(parameter, stand_in)
-            with self._only([stand_in for _, stand_in in pairs]):
-                self._inner.step()
-            for parameter, stand_in in pairs:
-                self._give_back(parameter, stand_in)
+            self._step(pairs)
         self._num_steps += 1
+        for generator in self._generators.values():
+            generator.manual_seed(self._num_steps)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         assert set_to_none
         self._host_gradients.clear()
+        self._norms.clear()
         for parameter in self._stand_ins:
             parameter.grad = None
+
+    def norm_of_dropped_gradients(self) -> torch.Tensor | None:
+        """The norm of this step's gradients together, where they are gone already; None where they are not."""
+        if not self._in_backward:
+            return None
+        norms = [self._norms[parameter] for parameter in self._stand_ins if parameter in self._norms]
+        return torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
 
     @torch.no_grad()
     def clip_host_gradients(self, limit: float) -> torch.Tensor | None:
@@ -138,6 +146,21 @@ class Fp32Steps(torch.optim.Optimizer):
         gradient, earlier = parameter.grad.to("cpu"), self._host_gradients.get(parameter)
         self._host_gradients[parameter] = gradient if earlier is None else earlier.add_(gradient)
         parameter.grad = None
+
+    @torch.no_grad()
+    def _step_now(self, parameter: Parameter) -> None:
+        """After the backward pass of a parameter: it is stepped, and its gradient used up."""
+        assert parameter.grad is not None and parameter not in self._norms, "gradients would have to be accumulated"
+        self._norms[parameter] = torch.linalg.vector_norm(parameter.grad)
+        self._step([(parameter, self._stand_ins[parameter])])
+
+    def _step(self, pairs: list[tuple[Parameter, Parameter]]) -> None:
+        for parameter, stand_in in pairs:
+            self._fetch(parameter, stand_in)
+        with self._only([stand_in for _, stand_in in pairs]):
+            self._inner.step()
+        for parameter, stand_in in pairs:
+            self._give_back(parameter, stand_in)
 
     def _fetch(self, parameter: Parameter, stand_in: Parameter) -> None:
         gradient = self._host_gradients.pop(parameter, parameter.grad)

@@ -61,7 +61,7 @@ def train(options: Train) -> Path:
     options = resolve_options(options, checkpoint)
     accelerator = make_accelerator(options, checkpoint)
     check_optimizer(options.optimizer, accelerator)
-    check_memory(options.memory, options.method, accelerator.num_processes)
+    check_memory(options, accelerator.num_processes, has_scaler=accelerator.scaler is not None)
     device = accelerator.device
     check_data_sets(options)  # what is wrong with one as a whole is said before a folder is made
     if accelerator.is_main_process:
@@ -133,7 +133,9 @@ def train_steps(
     average = build_average(trained, options.method.ema_decay)
 
     # How long the training is can depend on where it stands, and the course of the learning rate on how long it is.
-    raw_optimizer = build_optimizer(parameters, options.optimizer, sampler.clips_per_step)
+    raw_optimizer = build_optimizer(
+        parameters, options.optimizer, sampler.clips_per_step, in_backward=options.memory.optimizer_in_backward
+    )
     state = resume(options, checkpoint, transformer, raw_optimizer, accelerator, data.entries, sampler, average)
     steps_left = sampler.steps_left(state.position, training.num_train_epochs)
     num_steps = training.max_train_steps or state.step + steps_left

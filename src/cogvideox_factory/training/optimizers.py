@@ -125,11 +125,16 @@ def optimizer_name(options: OptimizerOptions) -> str:
 
 
 def build_optimizer(
-    parameters: Iterable[torch.nn.Parameter], options: OptimizerOptions, clips_per_step: int
+    parameters: Iterable[torch.nn.Parameter],
+    options: OptimizerOptions,
+    clips_per_step: int,
+    *,
+    in_backward: bool = False,
 ) -> torch.optim.Optimizer:
     """The optimizer that the options name; `clips_per_step` counts all ranks and accumulated batches.
 
     Parameters are fp32 or bf16; those in bf16 get fp32 masters or are rounded stochastically, as the options say.
+    `in_backward`: each is stepped within the backward pass, which must be the only one of its step.
     """
     options = resolve_optimizer_options(options)
     parameters = list(parameters)
@@ -145,7 +150,11 @@ def build_optimizer(
         with contextlib.redirect_stdout(sys.stderr):  # Prodigy prints
             return optimizer_class(held, lr=rate, **arguments)
 
-    if options.use_cpu_offload_optimizer or any(parameter.dtype != torch.float32 for parameter in parameters):
+    if (
+        in_backward
+        or options.use_cpu_offload_optimizer
+        or any(parameter.dtype != torch.float32 for parameter in parameters)
+    ):
         return Fp32Steps(
             parameters,
             build,
@@ -153,6 +162,7 @@ def build_optimizer(
             on_host=options.use_cpu_offload_optimizer,
             offload_gradients=options.offload_gradients,
             one_by_one=kind.one_by_one,
+            in_backward=in_backward,
         )
     return build(parameters)
 
@@ -185,6 +195,10 @@ def clip_gradients(
 ) -> torch.Tensor:
     """Scale gradients down to a common norm of `limit`, wherever they are; the norm before."""
     raw = getattr(optimizer, "optimizer", optimizer)  # within accelerate's
+    norm = raw.norm_of_dropped_gradients() if isinstance(raw, Fp32Steps) else None
+    if norm is not None:
+        assert limit == float("inf"), "they were used before their common norm was known"
+        return norm
     norm = raw.clip_host_gradients(limit) if isinstance(raw, Fp32Steps) else None
     return accelerator.clip_grad_norm_(parameters, limit) if norm is None else norm
 
