@@ -24,12 +24,16 @@ from cogvideox_factory.config import (
     UserError,
 )
 from cogvideox_factory.data.store import Entry, PreparedSet
+from cogvideox_factory.memory.activations import OffloadedCheckpoints
+from cogvideox_factory.memory.block_swap import BlockSwap
+from cogvideox_factory.memory.feed_forward import ChunkedFeedForward
 from cogvideox_factory.memory.strategies import STRATEGIES, check_memory, chosen
 from cogvideox_factory.model.denoiser import load_scheduler
 from cogvideox_factory.model.family import Checkpoint
 from cogvideox_factory.sampling import generate, pipeline_in_memory
 from cogvideox_factory.training import loop
 from cogvideox_factory.training.metrics import read_metrics
+from cogvideox_factory.training.optimizers import build_optimizer
 
 CHECKPOINTED = MemoryOptions(gradient_checkpointing=True)
 MOVING: dict[str, MemoryOptions] = {
@@ -221,6 +225,33 @@ def test_the_table_names_options_that_exist_and_the_page_names_them_all() -> Non
     assert chosen(everything) == list(STRATEGIES) and len(chosen(MemoryOptions())) == 1
 
 
+def test_the_loop_builds_a_model_with_what_is_asked_for(
+    checkpoint: Checkpoint, prepared: PreparedSet, entries: list[Entry], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their results are those of the plain model, so that only the model itself shows whether they are there."""
+    swaps: list[BlockSwap] = []
+    checkpoints: list[OffloadedCheckpoints] = []
+    for kind, made in ((BlockSwap, swaps), (OffloadedCheckpoints, checkpoints)):
+        make: Any = kind.__init__
+
+        def remember(self, *arguments, make=make, made=made) -> None:
+            make(self, *arguments)
+            made.append(self)
+
+        monkeypatch.setattr(kind, "__init__", remember)
+
+    def look(number: int, transformer) -> None:
+        assert all(isinstance(block.ff, ChunkedFeedForward) for block in transformer.transformer_blocks)
+
+    train(checkpoint, prepared, entries, ALL, num_steps=1, before_step=look)
+    (swap,), (offloaded,) = swaps, checkpoints
+    assert swap.num_resident == 2 and swap.num_copies == 6 and len(swap.resident()) == 2
+    assert (offloaded.num_parked, offloaded.num_fetched) == (8, 8)
+    for memory in (MemoryOptions(), dataclasses.replace(CHECKPOINTED, resident_blocks=4)):  # four are all there are
+        train(checkpoint, prepared, entries, memory, num_steps=1)
+    assert len(swaps) == len(checkpoints) == 1
+
+
 def test_the_engine_moves_no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     model = torch.nn.Linear(2, 2)
     monkeypatch.setattr(model, "to", None)  # what is swapped would be on the GPU for good
@@ -240,7 +271,11 @@ def test_on_a_gpu_they_change_no_bit(
 
 
 def test_a_run_with_all_of_them_that_was_resumed_is_that_without(
-    cli: Callable[..., tuple[int, str, str]], tmp_path: Path, tiny_model: Path, prepared_folder: Path
+    cli: Callable[..., tuple[int, str, str]],
+    tmp_path: Path,
+    tiny_model: Path,
+    prepared_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def run(name: str, num_steps: int, *flags: str) -> None:
         code, _, messages = cli(
@@ -263,9 +298,17 @@ def test_a_run_with_all_of_them_that_was_resumed_is_that_without(
 
     all_flags = ["--gradient_checkpointing", "--offload_activations", "--resident_blocks", "2"]
     all_flags += ["--feed_forward_chunks", "3"]
+    built: list[bool] = []
+
+    def build(*arguments: Any, in_backward: bool) -> torch.optim.Optimizer:
+        built.append(in_backward)
+        return build_optimizer(*arguments, in_backward=in_backward)
+
+    monkeypatch.setattr(loop, "build_optimizer", build)
     run("plain", 4)
     run("all", 3, *all_flags, "--optimizer_in_backward")  # which its checkpoint does not depend on
     run("all", 4, *all_flags, "--resume_from_checkpoint", "latest")
+    assert built == [False, True, False]
     written = ["pytorch_lora_weights.safetensors"]
     written += [f"checkpoints/step-00000004/{name}.safetensors" for name in ("trainable", "ema", "optimizer")]
     for file in written:
