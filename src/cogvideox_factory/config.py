@@ -280,7 +280,7 @@ class TrainingOptions:
     max_train_steps: Count = None
     """Optimizer steps in all."""
     mixed_precision: Annotated[Literal["no", "fp16", "bf16"] | None, tyro.conf.arg(metavar="{no,fp16,bf16}")] = None
-    """Precision of the model; noise and loss are always fp32, and a LoRA's weights unless --trainable_dtype says so.
+    """Precision of the model; noise and loss are always fp32; a LoRA's weights are, unless --trainable_dtype is bf16.
     no: fp32. Default: the checkpoint's own type on a GPU (with sft, bf16 where that is fp16), fp32 on a CPU."""
     drop_last: bool = False
     """Leave out the clips of a bucket that do not fill a batch, anew in each epoch. Default: they make a smaller
