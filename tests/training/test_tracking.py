@@ -287,6 +287,25 @@ def test_a_dashboard_that_fails_is_told_once_and_the_others_go_on(tmp_path: Path
     assert [step for step, _ in scalars(run / "logs/run", "train/loss")] == [1, 2, 3, 4]
 
 
+def test_a_folder_that_cannot_be_made_ends_no_training(tmp_path: Path, dashboards, warnings) -> None:
+    (tmp_path / "file").write_text("mine")
+    with Trackers(("tensorboard", "wandb"), options(tmp_path / "run", logging_dir=tmp_path / "file")) as trackers:
+        trackers.log_line({"step": 1, "loss": 1.0})
+        trackers.log_line({"step": 2, "loss": 1.0})
+    assert [message.split(":")[0] for message in warnings()] == ["--report_to tensorboard", "--report_to wandb"]
+    assert all(message.endswith("; the training goes on without it") for message in warnings())
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_state_that_cannot_be_written_ends_no_training(tmp_path: Path, warnings) -> None:
+    (tmp_path / "run/logs/run/trackers.json").mkdir(parents=True)
+    with Trackers(("tensorboard",), options(tmp_path / "run")) as trackers:
+        trackers.log_line({"step": 1, "loss": 1.0})
+    (message,) = warnings()
+    assert "trackers.json" in message and "as a new one" in message
+    assert scalars(tmp_path / "run/logs/run", "train/loss") == [(1, 1.0)]
+
+
 # --- a whole run ---
 
 

@@ -180,8 +180,13 @@ class Trackers:
                 self._active[name] = OPEN[name](opening)
             except Exception as error:
                 self._leave_out(name, error)
+        if not self._active:  # nothing was shown; and the folder may be what failed
+            return
         state = {"identity": identity, "trackers": sorted(self._known | self._active.keys())}
-        write_durably(self._folder / "trackers.json", json.dumps(state).encode())
+        try:
+            write_durably(self._folder / "trackers.json", json.dumps(state).encode())
+        except OSError as error:
+            logger.warning("%s: when the run goes on, dashboards will show it as a new one", error)
 
     def _read_state(self) -> dict[str, Any]:
         try:
