@@ -426,7 +426,7 @@ def test_a_second_set_of_raw_clips_is_prepared_beside_the_first(
         (("--validation_fraction", "0.4", "--validation_data_root", "x"), "choose one"),
         (("--validation_loss_steps", "5"), "--validation_loss_steps 5: needs clips that are held out"),
         (("--validation_fraction", "1e-9"), "--validation_fraction 1e-09: holds out none of 12 videos"),
-        (("--validation_data_root", "/nowhere"), "/nowhere is not a prepared set"),
+        (("--validation_data_root", "/nowhere"), "--validation_data_root /nowhere: /nowhere is not a prepared set"),
     ],
 )
 def test_what_cannot_be_held_out_is_refused(train: Train, tmp_path: Path, flags: tuple[str, ...], message: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.machinery
 import io
 import json
@@ -19,7 +20,7 @@ import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from cogvideox_factory.config import HubOptions, Secret, TrackingOptions, Train, UserError
+from cogvideox_factory.config import HubOptions, Secret, TrackingOptions, Train, UserError, ValidationOptions
 from cogvideox_factory.data.video import write_video
 from cogvideox_factory.sampling import Video
 from cogvideox_factory.training import tracking
@@ -221,6 +222,17 @@ def test_nothing_is_opened_for_nothing(tmp_path: Path, dashboards) -> None:
     with Trackers((), options(tmp_path / "run")) as trackers:
         trackers.log(1, {"train/loss": 1.0})
     assert not dashboards["wandb"].started and not (tmp_path / "run/logs/run").exists()
+
+
+def test_a_signed_address_is_shown_without_what_gives_access(tmp_path: Path, dashboards) -> None:
+    images = "a.png:::https://mouse:pass@a.example/b.png?X-Signature=s3cret"
+    signed = dataclasses.replace(options(tmp_path / "run"), validation=ValidationOptions(validation_images=images))
+    with Trackers(("tensorboard", "wandb", "trackio"), signed) as trackers:
+        trackers.log(1, {"train/loss": 1.0})
+    for dashboard in dashboards.values():
+        assert dashboard.started[0]["config"]["validation_images"] == "a.png:::https://a.example/b.png?…"
+    for file in (tmp_path / "run/logs").rglob("*"):
+        assert file.is_dir() or b"s3cret" not in file.read_bytes()
 
 
 # --- going on ---

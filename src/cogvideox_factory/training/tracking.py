@@ -24,6 +24,7 @@ from cogvideox_factory.config import Train, UserError, plain_values
 from cogvideox_factory.data.files import write_durably
 from cogvideox_factory.sampling import Video
 from cogvideox_factory.training.metrics import read_metrics
+from cogvideox_factory.training.start_images import with_redacted_images
 
 logger = logging.getLogger(__name__)
 
@@ -166,6 +167,7 @@ class Trackers:
         identity = str(state.get("identity") or uuid.uuid4().hex[:12])
         self._known = set(state.get("trackers", ()))
         assert self._active is not None
+        shown = dataclasses.replace(self._options, validation=with_redacted_images(self._options.validation))
         for name in self._names:
             opening = Opening(
                 folder=self._folder,
@@ -173,7 +175,7 @@ class Trackers:
                 run=self._folder.name,
                 identity=identity,
                 last_step=self._last_step,
-                config=plain_values(self._options),
+                config=plain_values(shown),
             )
             try:
                 self._folder.mkdir(parents=True, exist_ok=True)
