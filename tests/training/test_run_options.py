@@ -10,7 +10,14 @@ from pathlib import Path
 import pytest
 
 from cogvideox_factory.config import DataOptions, EncodingOptions, HeldOutOptions, Train, UserError, ValidationOptions
-from cogvideox_factory.training.run_options import check_prompts, held_out_options, naming_the_second_set, tell_ignored
+from cogvideox_factory.model.family import Checkpoint
+from cogvideox_factory.training.run_options import (
+    check_prompts,
+    held_out_options,
+    naming_the_second_set,
+    resolve_options,
+    tell_ignored,
+)
 
 Warnings = Callable[[], list[str]]
 
@@ -19,6 +26,17 @@ Warnings = Callable[[], list[str]]
 def warnings(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Warnings:
     monkeypatch.setattr(logging.getLogger("cogvideox_factory"), "propagate", True)
     return lambda: [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+def test_prompts_are_checked_and_images_are_made_absolute_when_options_are_resolved(
+    checkpoint: Checkpoint, few_clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    videos = ValidationOptions(validation_prompt="a fox", validation_images="a.png")
+    options = Train(data=DataOptions(data_root=few_clips), output_dir=Path("run"), validation=videos)
+    assert resolve_options(options, checkpoint).validation.validation_images == str(tmp_path / "a.png")
+    with pytest.raises(UserError, match="there is no prompt"):
+        resolve_options(dataclasses.replace(options, validation=ValidationOptions(validation_prompt=":::")), checkpoint)
 
 
 @pytest.mark.parametrize("text", [":::", " ::: ::: "])

@@ -11,6 +11,7 @@ import dataclasses
 import io
 import json
 import logging
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -60,9 +61,10 @@ def with_absolute_images(options: ValidationOptions) -> ValidationOptions:
     """With absolute paths of files, so that the run can be repeated from anywhere."""
 
     def absolute(source: str) -> str:
-        path = str(Path(source).expanduser().absolute())
-        is_file = source != FIRST_FRAME and not is_address(source)
-        return path if is_file and options.validation_prompt_separator not in path else source
+        if source == FIRST_FRAME or is_address(source):
+            return source
+        path = str(Path(os.path.expanduser(source)).absolute())
+        return source if options.validation_prompt_separator in path else path  # which would be split there
 
     return _with_images(options, absolute)
 
