@@ -23,6 +23,9 @@ from cogvideox_factory.config import (
 REQUIRED = ["--pretrained_model_name_or_path", "m", "--data_root", "d", "--output_dir", "o"]
 
 
+TOKEN = "hf_abcdefghijklmnopqrstuvwxyzABCDEFGH"
+
+
 def parse(*flags: str) -> Train:
     return parse_command(Train, "train", [*REQUIRED, *flags])
 
@@ -145,6 +148,39 @@ def test_needless_flags_are_accepted_and_explained(capsys: pytest.CaptureFixture
 
 def test_needless_options_in_yaml_are_no_error(tmp_path: Path) -> None:
     assert parse("--config", yaml_file(tmp_path, "use_slicing: false\nrank: 8")).lora.rank == 8
+
+
+@pytest.mark.parametrize(
+    ("flags", "shown"),
+    [
+        ((f"--hub_tokn={TOKEN}",), "--hub_tokn=…"),
+        (("--hub_tokn", TOKEN), "--hub_tokn"),
+        (("--hub_token", "A", TOKEN), "Unrecognized"),
+        (("--hub_token", "A", "s3cret"), "Unrecognized"),
+        (("--hub-tokn=s3cret",), "--hub-tokn=…"),
+        (("--hb_tkn", "s3cret"), "--hb_tkn"),
+        (("--rank", TOKEN), "hf_…"),
+        (("--hub_token", TOKEN, "--rank", "x"), "--rank"),
+    ],
+)
+def test_a_token_is_never_shown(
+    flags: tuple[str, ...], shown: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "40")  # lines are broken, also within a token
+    with pytest.raises(SystemExit) as exit_request:
+        parse(*flags)
+    captured = capsys.readouterr()
+    assert exit_request.value.code == 2 and shown in captured.err
+    assert not any(part in captured.out + captured.err for part in (TOKEN[3:9], TOKEN[-6:], "s3cret"))
+
+
+def test_a_token_is_taken_and_other_texts_like_it_stay_as_they_are(tmp_path: Path) -> None:
+    options = parse("--hub_token", TOKEN, "--hub_model_id", "hf_clips", "--id_token", "MOUSE")
+    assert options.hub.hub_token and options.hub.hub_token.reveal() == TOKEN
+    assert options.hub.hub_model_id == "hf_clips" and options.data.id_token == "MOUSE"
+    with pytest.raises(UserError, match="not valid YAML") as error:
+        parse("--config", yaml_file(tmp_path, f"hub_token: {TOKEN}: x"))
+    assert TOKEN not in str(error.value)
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -6,7 +6,10 @@ flags, in which a value could come to mean something else.
 
 from __future__ import annotations
 
+import contextlib
+import difflib
 import inspect
+import io
 import sys
 import types
 import typing
@@ -17,7 +20,16 @@ from typing import Annotated, Any, TypeVar
 import tyro
 
 from cogvideox_factory import __version__
-from cogvideox_factory.config import COMMANDS, NEEDLESS, UserError, nearest, option_values, read_config, walk_options
+from cogvideox_factory.config import (
+    COMMANDS,
+    NEEDLESS,
+    UserError,
+    nearest,
+    option_values,
+    read_config,
+    walk_options,
+    without_tokens,
+)
 
 AnyCommand = TypeVar("AnyCommand")
 
@@ -31,20 +43,60 @@ def parse_command(command_class: type[AnyCommand], name: str, arguments: Sequenc
     arguments, yaml_file = _take_config_flag(list(arguments))
     arguments = _drop_needless(arguments, NEEDLESS.get(command_class, {}))
     from_yaml = _flags_from_yaml(yaml_file, command_class) if yaml_file else []
-    options = tyro.cli(
-        command_class,
-        prog=f"cogvideox-factory {name}",
-        description=_description(command_class),
-        args=[*from_yaml, *arguments],
-        use_underscores=True,
-        config=(tyro.conf.OmitArgPrefixes,),
-    )
+    options = _parse(command_class, name, [*from_yaml, *arguments])
     values = option_values(options)
     for required in getattr(command_class, "required", ()):
         if values[required] is None:
             raise UserError(f"--{required} is missing. Example: {getattr(command_class, 'example', '')}")
     _check_values(options)
     return options
+
+
+def _parse(command_class: type[AnyCommand], name: str, arguments: list[str]) -> AnyCommand:
+    """What tyro makes of the flags. Its messages repeat what was typed and break it into lines, so they are made from
+    flags in which no token is."""
+
+    def parse(flags: list[str]) -> AnyCommand:
+        return tyro.cli(
+            command_class,
+            prog=f"cogvideox-factory {name}",
+            description=_description(command_class),
+            args=flags,
+            use_underscores=True,
+            config=(tyro.conf.OmitArgPrefixes,),
+        )
+
+    shown = _without_secrets(arguments)
+    if shown == arguments:
+        return parse(arguments)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            return parse(arguments)
+    except SystemExit as exit_request:
+        if exit_request.code:
+            parse(shown)  # the same fault, told without what must not be shown
+            raise UserError(
+                "an option cannot be read, and what was typed may hold a token; look at --hub_token"
+            ) from None
+        raise
+
+
+def _without_secrets(arguments: Sequence[str]) -> list[str]:
+    """Arguments without what looks like a token, and without the values of flags whose names are like --hub_token."""
+    shown: list[str] = []
+    is_secret = False
+    for argument in arguments:
+        if argument.startswith("--"):
+            flag, equals, _ = argument.partition("=")
+            is_secret = _is_like_hub_token(flag[2:].replace("-", "_").lower())
+            shown.append(f"{flag}=…" if equals and is_secret else without_tokens(argument))
+        else:
+            shown.append("…" if is_secret else without_tokens(argument))
+    return shown
+
+
+def _is_like_hub_token(name: str) -> bool:
+    return name != "id_token" and ("token" in name or bool(difflib.get_close_matches(name, ["hub_token"])))
 
 
 def _take_config_flag(arguments: list[str]) -> tuple[list[str], Path | None]:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import re
 import typing
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -89,6 +90,11 @@ class Secret:
 
     def __repr__(self) -> str:
         return "Secret(…)"
+
+
+def without_tokens(text: str) -> str:
+    """A text for messages, without what looks like a token of the Hugging Face Hub."""
+    return re.sub(r"hf_\w+", "hf_…", text)
 
 
 # Optional values are spelled by what one types, not as "{None}|STR".
@@ -692,7 +698,8 @@ def read_config(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"--config {path}: {error.strerror or error}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"--config {path}: not valid YAML: {error}") from error
+        reason = without_tokens(str(error))  # YAML's messages quote the line
+        raise UserError(f"--config {path}: not valid YAML: {reason}") from error
     if not isinstance(content or {}, dict):
         raise UserError(f"--config {path}: a mapping of options is needed, such as `rank: 64`")
     return content or {}

@@ -264,13 +264,13 @@ def test_other_held_out_clips_are_told_and_have_a_best_of_their_own(
         first = held_out.measure(transformer, 2, 0)
     path.write_text(path.read_text().replace(f'"loss": {first}', '"loss": 0.001'))
     caplog.clear()
-    with caplog.at_level(logging.INFO, logger="cogvideox_factory"), make(last_step=2) as held_out:
-        again = held_out.measure(transformer, 4, 0)
+    with caplog.at_level(logging.INFO, logger="cogvideox_factory"), make(last_step=2) as held_out_of_first:
+        again = held_out_of_first.measure(transformer, 4, 0)
     assert again == first and caplog.messages == [f"held-out   {again:.4f} (best 0.0010 at step 2)"]
     caplog.clear()
     with (
         caplog.at_level(logging.INFO, logger="cogvideox_factory"),
-        make(last_step=4, entries=held_out.clips.entries[1:]) as held_out,
+        make(last_step=4, entries=held_out_of_first.clips.entries[1:]) as held_out,
     ):
         other = held_out.measure(transformer, 6, 0)
     told, best = caplog.messages
@@ -279,7 +279,16 @@ def test_other_held_out_clips_are_told_and_have_a_best_of_their_own(
         and best == f"held-out   {other:.4f} (best {other:.4f} at step 6)"
     )
     assert [line["step"] for line in read_metrics(path)] == [6]
-    assert [line["step"] for line in read_metrics(path.with_name(f"left-{FILE}"))] == [2, 4]
+    first_clips, other_clips = held_out_of_first.identity, held_out.identity
+    assert [line["step"] for line in read_metrics(path.with_name(f"left-{first_clips}-{FILE}"))] == [2, 4]
+    # A third choice takes nothing from the first, which is taken up again when its clips are.
+    make(last_step=6, entries=held_out_of_first.clips.entries[2:]).__exit__()
+    assert not read_metrics(path)
+    assert [line["step"] for line in read_metrics(path.with_name(f"left-{other_clips}-{FILE}"))] == [6]
+    with make(last_step=6) as held_out:
+        held_out.measure(transformer, 8, 0)
+    assert [line["step"] for line in read_metrics(path)] == [2, 4, 8]
+    assert not path.with_name(f"left-{first_clips}-{FILE}").exists()
 
 
 def test_a_loss_that_is_no_number_is_null_in_the_file(
@@ -388,7 +397,8 @@ def test_measuring_changes_no_weight_and_another_fraction_is_told(
     assert code == 0 and "clips differ from those of the checkpoint" in messages
     assert "held-out clips are not those of before" in messages
     assert [line["step"] for line in read_metrics(tmp_path / "run" / FILE)] == [3, 4]
-    assert [line["step"] for line in read_metrics(tmp_path / "run" / f"left-{FILE}")] == [0, 1, 2, 3]
+    (left,) = (tmp_path / "run").glob(f"left-*-{FILE}")
+    assert [line["step"] for line in read_metrics(left)] == [0, 1, 2, 3]
 
 
 def test_a_second_set_of_raw_clips_is_prepared_beside_the_first(
@@ -416,7 +426,7 @@ def test_a_second_set_of_raw_clips_is_prepared_beside_the_first(
         (("--validation_fraction", "0.4", "--validation_data_root", "x"), "choose one"),
         (("--validation_loss_steps", "5"), "--validation_loss_steps 5: needs clips that are held out"),
         (("--validation_fraction", "1e-9"), "--validation_fraction 1e-09: holds out none of 12 videos"),
-        (("--validation_data_root", "/nowhere"), "/nowhere is not a prepared set"),
+        (("--validation_data_root", "/nowhere"), "--validation_data_root /nowhere: /nowhere is not a prepared set"),
     ],
 )
 def test_what_cannot_be_held_out_is_refused(train: Train, tmp_path: Path, flags: tuple[str, ...], message: str) -> None:

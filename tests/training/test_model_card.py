@@ -20,8 +20,11 @@ from PIL import Image
 from cogvideox_factory.config import (
     ConditioningOptions,
     DataOptions,
+    EncodingOptions,
     LoraOptions,
+    MethodOptions,
     ModelOptions,
+    ObjectiveOptions,
     OptimizerOptions,
     SamplingOptions,
     Train,
@@ -57,6 +60,7 @@ def write(tmp_path: Path, checkpoint: Checkpoint, entries: list[Entry]) -> Write
         run: Path = tmp_path / "run",
         height: int = 64,
         conditioning: ConditioningOptions | None = None,
+        **groups: Any,
     ) -> str:
         folder = validation_folder(run, 20)
         folder.mkdir(parents=True, exist_ok=True)
@@ -75,6 +79,7 @@ def write(tmp_path: Path, checkpoint: Checkpoint, entries: list[Entry]) -> Write
             validation=ValidationOptions(validation_prompt=":::".join(prompts) or None),
             output_dir=run,
         )
+        options = dataclasses.replace(options, **groups)
         assert write_model_card(run, options, base, entries, 20, videos, trained, repository)
         return (run / "README.md").read_text(encoding="utf-8")
 
@@ -111,6 +116,12 @@ class Page(HTMLParser):
 
     def handle_endtag(self, tag: str) -> None:
         self.is_in_cell = self.is_in_cell and tag != "td"
+
+
+def told_by(card: str) -> dict[str, str]:
+    """The rows of the tables of settings and data, after the row of the one sample."""
+    cells = Page(card).cells
+    return dict(zip(cells[3::2], cells[4::2], strict=False))
 
 
 def code_of(card: str) -> str:
@@ -227,15 +238,53 @@ def test_front_matter_is_what_the_hub_reads(write: Write, checkpoint: Checkpoint
 
 
 def test_settings_data_and_losses(write: Write, entries: list[Entry]) -> None:
-    cells = Page(write(("a red square",), id_token="MOUSE")).cells
-    told = dict(zip(cells[3::2], cells[4::2], strict=False))  # after the row of the sample
-    assert told["LoRA rank"] == "4" and told["LoRA alpha"] == "12" and told["Learning rate"] == "0.0003, constant"
+    told = told_by(write(("a red square",), id_token="MOUSE"))
+    assert told["Method"] == "LoRA, rank 4, alpha 12" and told["Learning rate"] == "0.0003, constant"
+    assert told["Layers with a LoRA"] == "to_q, to_k, to_v, to_out.0"
+    assert not any(name.startswith("--") for name in told)  # nothing but the defaults
     assert told["Loss, mean of the first 2 steps"] == "0.7500"
     assert told["Loss, mean of the last 2 steps"] == f"{(1 / 19 + 1 / 20) / 2:.4f}"
     assert told["Clips"] == told["Excerpts of them"] == str(len(entries)) == "12"
     assert told["Frames a second"] == "8" and told["Word before every caption"] == "MOUSE"
     (bucket,) = {entry.bucket for entry in entries}
     assert told[f"Excerpts of {bucket} (frames × height × width)"] == "12"
+
+
+@pytest.mark.parametrize(
+    ("groups", "expected"),
+    [
+        (
+            {"method": MethodOptions(training_type="sft", trainable_modules=("attn1",), ema_decay=0.99)},
+            {"Method": "full fine-tuning of attn1", "--ema_decay": "0.99"},
+        ),
+        (
+            {"lora": LoraOptions(rank=4, use_dora=True, use_rslora=True)},
+            {"Method": "DoRA (rank-stabilized), rank 4, alpha 64"},
+        ),
+        (
+            {"objective": ObjectiveOptions(timestep_sampling="logit_normal", snr_gamma=5.0)},
+            {"--timestep_sampling": "logit_normal", "--snr_gamma": "5.0"},
+        ),
+        (
+            {"optimizer": OptimizerOptions(use_8bit=True, beta2=0.9)},
+            {"--use_8bit": "yes", "--beta2": "0.9", "Learning rate": "0.0001, constant"},
+        ),
+        # As resolved options are: came's own decays are its defaults.
+        ({"optimizer": OptimizerOptions(optimizer="came", beta2=0.999, beta3=0.9999)}, {"Optimizer": "came"}),
+    ],
+)
+def test_what_differs_from_the_defaults_is_told(write: Write, groups: dict[str, Any], expected: dict[str, str]) -> None:
+    told = told_by(write(**groups))
+    assert told | expected == told
+    assert {name for name in told if name.startswith("--")} == {name for name in expected if name.startswith("--")}
+
+
+def test_the_code_gives_the_length_of_the_text_where_it_is_not_the_pipelines(write: Write, checkpoint) -> None:
+    assert "max_sequence_length" not in code_of(write())
+    of_64 = dataclasses.replace(checkpoint, transformer={**checkpoint.transformer, "max_text_seq_length": 64})
+    assert "    max_sequence_length=64," in code_of(write(base=of_64))
+    assert "    max_sequence_length=100," in code_of(write(encoding=EncodingOptions(max_sequence_length=100)))
+    assert "max_sequence_length" not in code_of(write(encoding=EncodingOptions(max_sequence_length=226)))
 
 
 def test_nothing_of_this_machine_is_in_it(

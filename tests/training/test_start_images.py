@@ -20,7 +20,13 @@ from cogvideox_factory.cli import main
 from cogvideox_factory.config import ModelOptions, UserError, ValidationOptions
 from cogvideox_factory.data.store import Entry, PreparedSet
 from cogvideox_factory.model.family import Checkpoint, open_checkpoint
-from cogvideox_factory.training.start_images import FIRST_FRAME, StartImages, open_start_images, sources_of
+from cogvideox_factory.training.start_images import (
+    FIRST_FRAME,
+    StartImages,
+    open_start_images,
+    sources_of,
+    with_absolute_images,
+)
 
 CPU = torch.device("cpu")
 
@@ -96,6 +102,30 @@ def test_given_pictures_are_kept_as_they_are(
     noise_picture(first, 3)  # another picture under the same name is another picture
     again = StartImages(tmp_path / "kept", [str(first)], ["x"]).names(image_model, image_set, entries, CPU)
     assert again[0] not in names
+
+
+def test_paths_are_made_absolute_and_nothing_else_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = ValidationOptions(validation_images="a.png ::: first_frame:::http://a.example/b.png:::/c.png")
+    expected = f"{tmp_path}/a.png:::first_frame:::http://a.example/b.png:::/c.png"
+    assert with_absolute_images(given).validation_images == expected
+    assert with_absolute_images(ValidationOptions()) == ValidationOptions()
+    dot = ValidationOptions(validation_images="a_png|b_png", validation_prompt_separator="|")
+    assert with_absolute_images(dot).validation_images == f"{tmp_path}/a_png|{tmp_path}/b_png"
+
+
+def test_a_run_goes_on_with_its_copy_of_a_file_that_is_gone(
+    tmp_path: Path, image_model: Checkpoint, prepared: PreparedSet, entries: list[Entry]
+) -> None:
+    first, second = (noise_picture(tmp_path / f"{seed}.png", seed) for seed in (1, 2))
+    images = StartImages(tmp_path / "kept", [str(first), str(second)], ["x", "y"])
+    names = images.names(image_model, prepared, entries, CPU)
+    first.unlink()
+    again = StartImages(tmp_path / "kept", [str(first), str(second)], ["x", "y"])
+    assert again.names(image_model, prepared, entries, CPU) == names
+    (tmp_path / "kept" / names[0]).unlink()
+    with pytest.raises(UserError, match=r"1\.png: no such file"):
+        StartImages(tmp_path / "kept", [str(first)], ["x"])
 
 
 def test_the_first_frame_is_that_of_the_clip_with_the_prompt_as_its_caption(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.machinery
 import io
 import json
@@ -19,7 +20,7 @@ import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from cogvideox_factory.config import HubOptions, Secret, TrackingOptions, Train, UserError
+from cogvideox_factory.config import HubOptions, Secret, TrackingOptions, Train, UserError, ValidationOptions
 from cogvideox_factory.data.video import write_video
 from cogvideox_factory.sampling import Video
 from cogvideox_factory.training import tracking
@@ -223,6 +224,17 @@ def test_nothing_is_opened_for_nothing(tmp_path: Path, dashboards) -> None:
     assert not dashboards["wandb"].started and not (tmp_path / "run/logs/run").exists()
 
 
+def test_a_signed_address_is_shown_without_what_gives_access(tmp_path: Path, dashboards) -> None:
+    images = "a.png:::https://mouse:pass@a.example/b.png?X-Signature=s3cret"
+    signed = dataclasses.replace(options(tmp_path / "run"), validation=ValidationOptions(validation_images=images))
+    with Trackers(("tensorboard", "wandb", "trackio"), signed) as trackers:
+        trackers.log(1, {"train/loss": 1.0})
+    for dashboard in dashboards.values():
+        assert dashboard.started[0]["config"]["validation_images"] == "a.png:::https://a.example/b.png?…"
+    for file in (tmp_path / "run/logs").rglob("*"):
+        assert file.is_dir() or b"s3cret" not in file.read_bytes()
+
+
 # --- going on ---
 
 
@@ -285,6 +297,25 @@ def test_a_dashboard_that_fails_is_told_once_and_the_others_go_on(tmp_path: Path
         "--report_to trackio: the server is gone; the training goes on without it",
     ]
     assert [step for step, _ in scalars(run / "logs/run", "train/loss")] == [1, 2, 3, 4]
+
+
+def test_a_folder_that_cannot_be_made_ends_no_training(tmp_path: Path, dashboards, warnings) -> None:
+    (tmp_path / "file").write_text("mine")
+    with Trackers(("tensorboard", "wandb"), options(tmp_path / "run", logging_dir=tmp_path / "file")) as trackers:
+        trackers.log_line({"step": 1, "loss": 1.0})
+        trackers.log_line({"step": 2, "loss": 1.0})
+    assert [message.split(":")[0] for message in warnings()] == ["--report_to tensorboard", "--report_to wandb"]
+    assert all(message.endswith("; the training goes on without it") for message in warnings())
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_state_that_cannot_be_written_ends_no_training(tmp_path: Path, warnings) -> None:
+    (tmp_path / "run/logs/run/trackers.json").mkdir(parents=True)
+    with Trackers(("tensorboard",), options(tmp_path / "run")) as trackers:
+        trackers.log_line({"step": 1, "loss": 1.0})
+    (message,) = warnings()
+    assert "trackers.json" in message and "as a new one" in message
+    assert scalars(tmp_path / "run/logs/run", "train/loss") == [(1, 1.0)]
 
 
 # --- a whole run ---

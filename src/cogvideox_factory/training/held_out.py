@@ -70,11 +70,18 @@ class HeldOutLoss:
         self._lines = self._log.kept  # of the first rank; empty on the others
 
     def _set_aside_other_clips(self, path: Path) -> None:
-        """Values of other clips cannot be compared with what is measured now: they are kept under another name."""
-        if any(line.get("held_out") != self.identity for line in read_metrics(path)):
-            kept_as = path.with_name(f"left-{path.name}")
+        """Values of other clips cannot be compared with what is measured now: they are kept under a name that holds
+        the identity of their clips, until these come back."""
+        lines = read_metrics(path)
+        others = [line.get("held_out") for line in lines if line.get("held_out") != self.identity]
+        if others:
+            kept_as = path.with_name(f"left-{others[-1]}-{path.name}")
             os.replace(path, kept_as)
             logger.warning("the held-out clips are not those of before: their values are kept in %s", kept_as.name)
+        kept = path.with_name(f"left-{self.identity}-{path.name}")
+        if kept.is_file() and (others or not lines):
+            os.replace(kept, path)
+            logger.info("the held-out clips are those of %s: their values are taken up again", kept.name)
 
     def __enter__(self) -> HeldOutLoss:
         return self

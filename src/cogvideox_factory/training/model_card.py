@@ -7,6 +7,8 @@ are.
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import logging
 import re
 from collections.abc import Mapping, Sequence
@@ -17,14 +19,16 @@ from typing import Any, Literal
 import torch
 import yaml
 
-from cogvideox_factory.config import Train
+from cogvideox_factory.config import MethodOptions, ObjectiveOptions, OptimizerOptions, Train
 from cogvideox_factory.data.files import write_durably
 from cogvideox_factory.data.store import Entry
+from cogvideox_factory.model.adapters import describe_method
 from cogvideox_factory.model.family import Checkpoint
 from cogvideox_factory.run_folder import validation_folder
 from cogvideox_factory.sampling import Video
 from cogvideox_factory.training.hub import CARD_FILE
 from cogvideox_factory.training.metrics import read_metrics
+from cogvideox_factory.training.optimizers import resolve_optimizer_options
 
 logger = logging.getLogger(__name__)
 MARKER = "<!-- Written by cogvideox-factory. Remove this line, and a later run will leave the file alone. -->"
@@ -85,7 +89,7 @@ def write_model_card(
         f"```python\n{snippet(options, checkpoint, base, trained, repository)}```",
         _samples(samples),
         "## Training",
-        _table(_settings(options, trained) | _losses(run)),
+        _table(_settings(options) | _losses(run)),
         "## Data",
         _table(_data(options, entries)),
         "## Licence",
@@ -114,6 +118,8 @@ def snippet(
     comment = "" if repository else "  # the folder of this file"
     source = base or f"path/to/{checkpoint.folder.name}"
     divides = options.conditioning.image_latents_scale == "divide"
+    tokens = options.encoding.max_sequence_length or checkpoint.max_text_tokens
+    stock_tokens = inspect.signature(checkpoint.pipeline_class.__call__).parameters["max_sequence_length"].default
     sampling, fps = options.sampling, options.data.fps or checkpoint.native_fps
     if trained.training_type == "lora":
         load = [
@@ -145,6 +151,7 @@ def snippet(
         f"    num_inference_steps={sampling.num_inference_steps},",
         f"    guidance_scale={sampling.guidance_scale:g},",
         *(["    use_dynamic_cfg=True,"] if sampling.use_dynamic_cfg else []),
+        *([f"    max_sequence_length={tokens},  # as in training"] if tokens != stock_tokens else []),
         f"    generator=torch.Generator().manual_seed({options.seed}),",
         ").frames[0]",
         f'export_to_video(video, "video.mp4", fps={fps:g})',
@@ -196,15 +203,12 @@ def _samples(samples: Sequence[tuple[Video, str]]) -> str:
     return "\n".join(["## Samples", "", "| prompt | seed | |", "|---|---|---|", *rows])
 
 
-def _settings(options: Train, trained: Trained) -> dict[str, Any]:
-    training, optimizer = options.training, options.optimizer
-    lora = {
-        "LoRA rank": options.lora.rank,
-        "LoRA alpha": options.lora.lora_alpha,
-        "Trained layers": ", ".join(options.lora.target_modules),
-    }
+def _settings(options: Train) -> dict[str, Any]:
+    """How it was trained: the settings that every run has, and of the others those that are not the defaults."""
+    training, optimizer, is_lora = options.training, options.optimizer, options.method.training_type == "lora"
     return {
-        **(lora if trained.training_type == "lora" else {"Trained layers": "all of the transformer"}),
+        "Method": describe_method(options.method, options.lora),
+        **({"Layers with a LoRA": ", ".join(options.lora.target_modules)} if is_lora else {}),
         "Optimizer": optimizer.optimizer,
         "Learning rate": f"{optimizer.learning_rate:g}, {optimizer.lr_scheduler}",
         "Warm-up steps": optimizer.lr_warmup_steps,
@@ -213,7 +217,26 @@ def _settings(options: Train, trained: Trained) -> dict[str, Any]:
         "Precision of the base model": training.mixed_precision or "the checkpoint's own",
         "Caption dropout": training.caption_dropout,
         "Seed": options.seed,
+        **_not_default(options),
     }
+
+
+def _not_default(options: Train) -> dict[str, Any]:
+    """Options of method, objective and optimizer that differ from their defaults and have no row of their own."""
+    optimizer = options.optimizer
+    own_row = ("training_type", "trainable_modules", "optimizer", "learning_rate", "lr_scheduler", "lr_warmup_steps")
+    resolved = resolve_optimizer_options(OptimizerOptions(optimizer=optimizer.optimizer))
+    rows = {}
+    for group, defaults in (
+        (options.method, MethodOptions()),
+        (options.objective, ObjectiveOptions()),
+        (resolve_optimizer_options(optimizer), resolved),
+    ):
+        for item in dataclasses.fields(group):
+            value = getattr(group, item.name)
+            if item.name not in own_row and value != getattr(defaults, item.name):
+                rows[f"--{item.name}"] = "yes" if value is True else value
+    return rows
 
 
 def _losses(run: Path) -> dict[str, Any]:

@@ -45,7 +45,7 @@ def check_data_sets(options: Train) -> None:
     read_clips(options.data)
     second_set = held_out_options(options)
     if second_set:
-        with naming_the_second_set():
+        with naming_the_second_set(second_set):
             read_clips(second_set.data)
 
 
@@ -115,7 +115,7 @@ def _hold_out(
 ) -> tuple[TrainingData, TrainingData | None]:
     second_set = held_out_options(options)
     if second_set:
-        with naming_the_second_set():
+        with naming_the_second_set(second_set):
             held_out = _prepare_one(second_set, checkpoint, accelerator, stop, "prepared-validation")
         common = overlap(held_out.entries, data.entries)
         if common:

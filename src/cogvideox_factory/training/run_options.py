@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from cogvideox_factory.config import DataOptions, HeldOutOptions, Train, UserError
+from cogvideox_factory.config import DataOptions, EncodingOptions, HeldOutOptions, Train, UserError, ValidationOptions
 from cogvideox_factory.data.files import make_output_folder
 from cogvideox_factory.data.store import PreparedSet
 from cogvideox_factory.model.adapters import check_method, check_names, find_export, needs_bf16
@@ -24,6 +24,7 @@ from cogvideox_factory.resolve import check_positions, check_text_length, resolv
 from cogvideox_factory.run_folder import list_checkpoints
 from cogvideox_factory.sampling import resolve_sampling
 from cogvideox_factory.training.optimizers import resolve_optimizer_options
+from cogvideox_factory.training.start_images import split, with_absolute_images
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +62,7 @@ def resolve_options(options: Train, checkpoint: Checkpoint) -> Train:
         assert sampling.num_frames and sampling.height and sampling.width
         check_positions(checkpoint, [(sampling.num_frames, sampling.height, sampling.width)])
     held_out = resolve_held_out(options.held_out)
+    check_prompts(options.validation)
     model = options.model
     if checkpoint.is_local:
         model = dataclasses.replace(model, pretrained_model_name_or_path=str(checkpoint.folder.absolute()))
@@ -71,9 +73,26 @@ def resolve_options(options: Train, checkpoint: Checkpoint) -> Train:
         encoding=encoding,
         training=training,
         optimizer=resolve_optimizer_options(options.optimizer),
+        validation=with_absolute_images(options.validation),
         held_out=held_out,
         output_dir=options.output_dir.absolute(),
     )
+
+
+def check_prompts(validation: ValidationOptions) -> None:
+    """Raises UserError for a text that holds no prompt; warns of options that have no effect without one."""
+    text, separator = (validation.validation_prompt or "").strip(), validation.validation_prompt_separator
+    if split(text, separator):
+        return
+    if text:
+        raise UserError(
+            f"--validation_prompt {text}: there is no prompt beside the separator {separator}; write one, or leave the "
+            "option out"
+        )
+    names = ("validation_images", "num_validation_videos", "validation_steps", "validation_epochs")
+    ignored = [f"--{name}" for name in names if getattr(validation, name) != getattr(ValidationOptions(), name)]
+    if ignored:
+        logger.warning("%s: without effect, no videos are made without a --validation_prompt", " ".join(ignored))
 
 
 def resolve_held_out(held_out: HeldOutOptions) -> HeldOutOptions:
@@ -106,18 +125,26 @@ def held_out_options(options: Train) -> Train | None:
 
 
 @contextlib.contextmanager
-def naming_the_second_set() -> Iterator[None]:
-    """Faults found inside are those of --validation_data_root, though what finds them knows --data_root only."""
+def naming_the_second_set(second_set: Train) -> Iterator[None]:
+    """Faults found inside are those of --validation_data_root, though what finds them knows --data_root or the folder
+    only."""
     try:
         yield
     except UserError as error:
-        raise UserError(str(error).replace("--data_root", "--validation_data_root")) from error
+        message = str(error).replace("--data_root", "--validation_data_root")
+        if "--validation_data_root" not in message:
+            message = f"--validation_data_root {second_set.data.data_root}: {message}"
+        raise UserError(message) from error
 
 
 def tell_ignored(options: Train, settings: Mapping[str, Any]) -> None:
     """Warn of options that shape a prepared set and are given where one is only read."""
-    asked = {**dataclasses.asdict(options.data), "use_tiling": options.encoding.use_tiling}
-    defaults = {**dataclasses.asdict(DataOptions()), "use_tiling": False}
+    encoding, default = (
+        {"use_tiling": group.use_tiling, "max_sequence_length": group.max_sequence_length}
+        for group in (options.encoding, EncodingOptions())
+    )
+    asked = {**dataclasses.asdict(options.data), **encoding}
+    defaults = {**dataclasses.asdict(DataOptions()), **default}
     ignored = [
         f"--{name}"
         for name, value in asked.items()

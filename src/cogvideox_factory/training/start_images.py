@@ -7,8 +7,12 @@ none. And to take it from the video's latents; the first of them stand for sever
 
 from __future__ import annotations
 
+import dataclasses
 import io
-from collections.abc import Sequence
+import json
+import logging
+import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -18,11 +22,15 @@ from cogvideox_factory.config import UserError, ValidationOptions
 from cogvideox_factory.data.files import hash_of, hash_of_bytes, write_durably
 from cogvideox_factory.data.images import is_address, read_image
 from cogvideox_factory.data.store import Entry, PreparedSet
+from cogvideox_factory.data.web_images import redacted
 from cogvideox_factory.model.encoders import decode_image, load_vae
 from cogvideox_factory.model.family import Checkpoint
 
+logger = logging.getLogger(__name__)
+
 FIRST_FRAME = "first_frame"
 FOLDER = "validation/images"  # within a run
+SOURCES = "sources.json"  # of the folder: the copy of each file
 
 
 def split(text: str | None, separator: str) -> list[str]:
@@ -49,6 +57,31 @@ def sources_of(options: ValidationOptions, prompts: Sequence[str], checkpoint: C
     return given * len(prompts) if len(given) == 1 else given
 
 
+def with_absolute_images(options: ValidationOptions) -> ValidationOptions:
+    """With absolute paths of files, so that the run can be repeated from anywhere."""
+
+    def absolute(source: str) -> str:
+        if source == FIRST_FRAME or is_address(source):
+            return source
+        path = str(Path(os.path.expanduser(source)).absolute())
+        return source if options.validation_prompt_separator in path else path  # which would be split there
+
+    return _with_images(options, absolute)
+
+
+def with_redacted_images(options: ValidationOptions) -> ValidationOptions:
+    """For others to see: a signed address gives access to whoever reads it."""
+    return _with_images(options, lambda source: redacted(source) if is_address(source) else source)
+
+
+def _with_images(options: ValidationOptions, change: Callable[[str], str]) -> ValidationOptions:
+    if not options.validation_images:
+        return options
+    separator = options.validation_prompt_separator
+    images = separator.join(map(change, split(options.validation_images, separator)))
+    return dataclasses.replace(options, validation_images=images)
+
+
 def open_start_images(run: Path, options: ValidationOptions, checkpoint: Checkpoint) -> StartImages | None:
     """The pictures of a run's validation; None where its videos start from none. Raises UserError as its parts do."""
     prompts = split(options.validation_prompt, options.validation_prompt_separator)
@@ -63,7 +96,8 @@ class StartImages:
     def __init__(self, folder: Path, sources: Sequence[str], prompts: Sequence[str], allow_private: bool = False):
         """Files and addresses are read at once, so that a wrong one is said before hours of encoding.
 
-        What an address gave at the first start of a run is kept: the run goes on with it, whatever becomes of it.
+        What an address gave at the first start of a run is kept: the run goes on with it, whatever becomes of it. So
+        it does with a file that is gone by then; one with another content is another picture.
         """
         self.folder, self.sources, self.prompts = folder, sources, prompts
         self._names = {
@@ -90,11 +124,26 @@ class StartImages:
         name = f"{hash_of(source)}.png"
         if is_address(source) and (self.folder / name).is_file():
             return name
+        kept = {} if is_address(source) else self._kept_files()
+        if source in kept and not Path(source).expanduser().exists() and (self.folder / kept[source]).is_file():
+            logger.warning("--validation_images %s: is gone, the run goes on with its copy", source)
+            return kept[source]
         image = read_image(source, "--validation_images", allow_private_addresses=allow_private)
-        if not is_address(source):  # a file with another content is another picture
-            name = f"{hash_of(image.size, hash_of_bytes(image.tobytes()))}.png"
+        if is_address(source):
+            self._write(name, image)
+            return name
+        name = f"{hash_of(image.size, hash_of_bytes(image.tobytes()))}.png"
         self._write(name, image)
+        write_durably(self.folder / SOURCES, json.dumps({**kept, source: name}).encode())
         return name
+
+    def _kept_files(self) -> dict[str, str]:
+        """Name of the copy of each file that the run was given."""
+        try:
+            content = json.loads((self.folder / SOURCES).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return content if isinstance(content, dict) else {}
 
     def _clip_for(self, number: int, entries: Sequence[Entry]) -> Entry:
         """The clip whose caption a prompt is, else the clip of the prompt's number."""

@@ -24,6 +24,7 @@ from cogvideox_factory.config import Train, UserError, plain_values
 from cogvideox_factory.data.files import write_durably
 from cogvideox_factory.sampling import Video
 from cogvideox_factory.training.metrics import read_metrics
+from cogvideox_factory.training.start_images import with_redacted_images
 
 logger = logging.getLogger(__name__)
 
@@ -166,6 +167,7 @@ class Trackers:
         identity = str(state.get("identity") or uuid.uuid4().hex[:12])
         self._known = set(state.get("trackers", ()))
         assert self._active is not None
+        shown = dataclasses.replace(self._options, validation=with_redacted_images(self._options.validation))
         for name in self._names:
             opening = Opening(
                 folder=self._folder,
@@ -173,15 +175,20 @@ class Trackers:
                 run=self._folder.name,
                 identity=identity,
                 last_step=self._last_step,
-                config=plain_values(self._options),
+                config=plain_values(shown),
             )
             try:
                 self._folder.mkdir(parents=True, exist_ok=True)
                 self._active[name] = OPEN[name](opening)
             except Exception as error:
                 self._leave_out(name, error)
+        if not self._active:  # nothing was shown; and the folder may be what failed
+            return
         state = {"identity": identity, "trackers": sorted(self._known | self._active.keys())}
-        write_durably(self._folder / "trackers.json", json.dumps(state).encode())
+        try:
+            write_durably(self._folder / "trackers.json", json.dumps(state).encode())
+        except OSError as error:
+            logger.warning("%s: when the run goes on, dashboards will show it as a new one", error)
 
     def _read_state(self) -> dict[str, Any]:
         try:

@@ -1,0 +1,82 @@
+"""What a run's options become before it trains, and what is said of those that do nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from cogvideox_factory.config import DataOptions, EncodingOptions, HeldOutOptions, Train, UserError, ValidationOptions
+from cogvideox_factory.model.family import Checkpoint
+from cogvideox_factory.training.run_options import (
+    check_prompts,
+    held_out_options,
+    naming_the_second_set,
+    resolve_options,
+    tell_ignored,
+)
+
+Warnings = Callable[[], list[str]]
+
+
+@pytest.fixture
+def warnings(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Warnings:
+    monkeypatch.setattr(logging.getLogger("cogvideox_factory"), "propagate", True)
+    return lambda: [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+def test_prompts_are_checked_and_images_are_made_absolute_when_options_are_resolved(
+    checkpoint: Checkpoint, few_clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    videos = ValidationOptions(validation_prompt="a fox", validation_images="a.png")
+    options = Train(data=DataOptions(data_root=few_clips), output_dir=Path("run"), validation=videos)
+    assert resolve_options(options, checkpoint).validation.validation_images == str(tmp_path / "a.png")
+    with pytest.raises(UserError, match="there is no prompt"):
+        resolve_options(dataclasses.replace(options, validation=ValidationOptions(validation_prompt=":::")), checkpoint)
+
+
+@pytest.mark.parametrize("text", [":::", " ::: ::: "])
+def test_a_prompt_that_is_a_separator_only_is_refused(text: str) -> None:
+    with pytest.raises(UserError, match="there is no prompt beside the separator :::"):
+        check_prompts(ValidationOptions(validation_prompt=text))
+
+
+def test_options_of_videos_without_a_prompt_are_told_in_one_line(warnings: Warnings) -> None:
+    check_prompts(ValidationOptions())
+    asked = ValidationOptions(validation_images="a.png", num_validation_videos=2, validation_steps=5)
+    check_prompts(dataclasses.replace(asked, validation_prompt="a fox"))
+    assert warnings() == []
+    check_prompts(dataclasses.replace(asked, validation_epochs=1))
+    (message,) = warnings()
+    flags = "--validation_images --num_validation_videos --validation_steps --validation_epochs"
+    assert message.startswith(f"{flags}: without effect") and "--validation_prompt" in message
+
+
+def test_a_length_of_the_text_that_a_prepared_set_does_not_have_is_told(warnings: Warnings) -> None:
+    settings = {"max_sequence_length": 226}
+    for tokens in (None, 226):  # not given, or as config.yaml of the run has it
+        tell_ignored(Train(encoding=EncodingOptions(max_sequence_length=tokens)), settings)
+    assert warnings() == []
+    tell_ignored(Train(encoding=EncodingOptions(max_sequence_length=100)), settings)
+    (message,) = warnings()
+    assert message.startswith("--max_sequence_length: without effect") and "--load_tensors" in message
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("--data_root /second: no such folder", "--validation_data_root /second: no such folder"),
+        ("/second was prepared with another vae", "--validation_data_root /second: /second was prepared with another"),
+    ],
+)
+def test_a_fault_of_the_second_set_names_its_option(fault: str, message: str) -> None:
+    data, held_out = DataOptions(data_root=Path("/first")), HeldOutOptions(validation_data_root=Path("/second"))
+    second_set = held_out_options(Train(data=data, held_out=held_out))
+    assert second_set
+    with pytest.raises(UserError) as error, naming_the_second_set(second_set):
+        raise UserError(fault)
+    assert str(error.value).startswith(message)
