@@ -21,6 +21,7 @@ from cogvideox_factory.config import (
     COMMANDS,
     Demo,
     Inspect,
+    Plan,
     Prepare,
     Report,
     RunError,
@@ -113,6 +114,12 @@ def run_prepare(options: Prepare) -> None:
     run(options)
 
 
+def run_plan(options: Plan) -> None:
+    from cogvideox_factory.planning import run
+
+    run(options)
+
+
 def run_train(options: Train) -> None:
     from accelerate import PartialState
 
@@ -146,6 +153,7 @@ RUN: dict[str, Callable[[Any], None]] = {
     "demo": run_demo,
     "inspect": run_inspect,
     "prepare": run_prepare,
+    "plan": run_plan,
     "train": run_train,
     "sample": run_sample,
     "report": run_report,

@@ -598,6 +598,26 @@ class Train:
 
 
 @option_group
+class Plan(Train):
+    """Show the peak memory of each phase of a training, without a GPU and without the weights of the model.
+
+    Takes the options of `train`, and traces what `train` would do with a batch of the largest of the buckets. Of the
+    published models the name is enough; nothing is downloaded.
+    """
+
+    gpu_memory: Annotated[float | None, tyro.conf.arg(metavar="GIB"), MoreThan(0)] = None
+    """Memory of the GPU, in GiB: say whether all phases fit into it."""
+    json: bool = False
+    """Print one JSON object on standard output, for programs."""
+
+    required = ("pretrained_model_name_or_path",)
+    example = (
+        "cogvideox-factory plan --pretrained_model_name_or_path THUDM/CogVideoX-5b --gradient_checkpointing "
+        "--use_tiling --enable_tiling --gpu_memory 24"
+    )
+
+
+@option_group
 class Sample:
     """Make a video from a base model, from a base model with a LoRA, or from a training run."""
 
@@ -645,11 +665,12 @@ class Report:
     example = "cogvideox-factory report --run runs/steamboat"
 
 
-Command = Demo | Inspect | Prepare | Train | Sample | Report
+Command = Demo | Inspect | Prepare | Plan | Train | Sample | Report
 COMMANDS: dict[str, type[Command]] = {
     "demo": Demo,
     "inspect": Inspect,
     "prepare": Prepare,
+    "plan": Plan,
     "train": Train,
     "sample": Sample,
     "report": Report,
@@ -658,6 +679,7 @@ COMMANDS: dict[str, type[Command]] = {
 _SLICING = {"use_slicing": "clips are encoded one by one"}
 NEEDLESS: dict[type, dict[str, str]] = {
     Train: _SLICING,
+    Plan: _SLICING,
     Prepare: {
         **_SLICING,
         "save_latents_and_embeddings": "latents and embeddings are always saved",

@@ -67,10 +67,19 @@ def pipeline_from_disk(checkpoint: Checkpoint, trained: Path | None, dtype: torc
 
 
 def pipeline_in_memory(
-    checkpoint: Checkpoint, transformer, scheduler, options: SamplingOptions, dtype: torch.dtype, device: torch.device
+    checkpoint: Checkpoint,
+    transformer,
+    scheduler,
+    options: SamplingOptions,
+    dtype: torch.dtype,
+    device: torch.device,
+    load=load_vae,
 ):
-    """A pipeline around the model that trains: no text encoder (prompts come encoded), a VAE of its own."""
-    vae = load_vae(checkpoint, dtype).to(device)
+    """A pipeline around the model that trains: no text encoder (prompts come encoded), a VAE of its own.
+
+    `load` gives the VAE; planning gives one without weights.
+    """
+    vae = load(checkpoint, dtype).to(device)
     spare_memory(vae, checkpoint, use_slicing=options.enable_slicing, use_tiling=options.enable_tiling)
     return checkpoint.pipeline_class(
         tokenizer=None,
@@ -85,7 +94,7 @@ def place(pipeline, checkpoint: Checkpoint, options: SamplingOptions, device: to
     """Put a pipeline from disk where it runs, sparing memory as the options say."""
     spare_memory(pipeline.vae, checkpoint, use_slicing=options.enable_slicing, use_tiling=options.enable_tiling)
     # Never both: moving the pipeline afterwards undoes the offloading.
-    if options.enable_model_cpu_offload and device.type == "cuda":
+    if options.enable_model_cpu_offload and device != torch.device("cpu"):
         pipeline.enable_model_cpu_offload(device=device)
     else:
         pipeline.to(device)

@@ -124,6 +124,11 @@ class Denoiser:
         )
 
 
+def forget_positions() -> None:
+    """Drop the embeddings that are kept for the next call."""
+    _rotary_embedding.cache_clear()
+
+
 @functools.lru_cache(maxsize=32)
 def _rotary_embedding(
     head_dim: int,

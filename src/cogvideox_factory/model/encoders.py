@@ -70,7 +70,11 @@ class VideoEncoder:
         *,
         use_tiling: bool = False,
     ) -> VideoEncoder:
-        vae = load_vae(checkpoint, dtype).to(device)
+        return cls.of(load_vae(checkpoint, dtype).to(device), checkpoint, use_tiling=use_tiling)
+
+    @classmethod
+    def of(cls, vae: Any, checkpoint: Checkpoint, *, use_tiling: bool) -> VideoEncoder:
+        """From a VAE that is loaded; it loses its decoder."""
         vae.decoder = None  # never used here, and half of the weights
         # A clip stays uint8 until the VAE takes a few frames, or a tile, of it: a quarter of the memory of fp32.
         vae.encoder.register_forward_pre_hook(_normalize_pixels)
@@ -80,8 +84,12 @@ class VideoEncoder:
     @torch.no_grad()
     def encode(self, pixels_FHWC: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and log-variance of the raw latents, (channels, frames, height, width), of one uint8 video."""
-        pixels = torch.from_numpy(np.ascontiguousarray(pixels_FHWC)).to(self.vae.device)
-        distribution = self.vae.encode(pixels.permute(3, 0, 1, 2)[None]).latent_dist
+        return self.encode_tensor(torch.from_numpy(np.ascontiguousarray(pixels_FHWC)).to(self.vae.device))
+
+    @torch.no_grad()
+    def encode_tensor(self, pixels_FHWC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `encode`, of a tensor on the VAE's device."""
+        distribution = self.vae.encode(pixels_FHWC.permute(3, 0, 1, 2)[None]).latent_dist
         return distribution.mean[0], distribution.logvar[0]
 
     @torch.no_grad()

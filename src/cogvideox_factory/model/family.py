@@ -129,8 +129,8 @@ class Checkpoint:
     def weights_dtype(self) -> torch.dtype:
         """Type of the transformer's weights as stored."""
         file = next((path for path in self._files("transformer") if path.suffix == ".safetensors"), None)
-        if file is None:
-            return torch.float32
+        if file is None:  # configs alone, which say it where they are kept with the program
+            return getattr(torch, self.transformer.get("dtype", "float32"))
         with safe_open(file, "pt") as tensors:
             name = next(iter(tensors.keys()))
             return tensors.get_tensor(name).dtype

@@ -269,9 +269,14 @@ def train_steps(
     return state
 
 
-def build_model(options: Train, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device):
-    """The transformer as it trains. The order matters; each line says what it must come after."""
-    transformer = load_transformer(checkpoint, dtype)  # frozen, in the base's type
+def build_model(
+    options: Train, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, load=load_transformer
+):
+    """The transformer as it trains. The order matters; each line says what it must come after.
+
+    `load` gives the base model; planning gives one without weights.
+    """
+    transformer = load(checkpoint, dtype)  # frozen, in the base's type
     # After the base has its type, in which its own weights are trained; a LoRA has one of its own.
     keeps_bf16 = options.optimizer.trainable_dtype == "bf16"
     attach(transformer, options.method, options.lora, options.seed, keeps_bf16=keeps_bf16)

@@ -115,7 +115,7 @@ def check_optimizer(options: OptimizerOptions, accelerator: Accelerator) -> None
     kind = _find_kind(options)
     if options.use_fp8 and accelerator.device.type == "cuda" and torch.cuda.get_device_capability() < (8, 9):
         raise UserError("--use_fp8: needs a GPU of compute capability 8.9 or newer (Ada, Hopper); take --use_8bit")
-    _optimizer_class(kind)
+    optimizer_class_of(kind)
     _tell_without_effect(options)
 
 
@@ -124,22 +124,35 @@ def optimizer_name(options: OptimizerOptions) -> str:
     return ", ".join(part for part in (options.optimizer, _state_format(options)) if part)
 
 
+def optimizer_class_of(kind: Kind) -> Callable[..., torch.optim.Optimizer]:
+    """Raises UserError where the library is not installed."""
+    try:
+        return getattr(importlib.import_module(kind.module), kind.class_name)
+    except ImportError as error:
+        raise UserError(
+            f"--optimizer: {kind.class_name} needs {kind.package}, which cannot be imported ({error}); "
+            f"pip install {kind.package}"
+        ) from error
+
+
 def build_optimizer(
     parameters: Iterable[torch.nn.Parameter],
     options: OptimizerOptions,
     clips_per_step: int,
     *,
     in_backward: bool = False,
+    class_of: Callable[[Kind], Callable[..., torch.optim.Optimizer]] = optimizer_class_of,
 ) -> torch.optim.Optimizer:
     """The optimizer that the options name; `clips_per_step` counts all ranks and accumulated batches.
 
     Parameters are fp32 or bf16; those in bf16 get fp32 masters or are rounded stochastically, as the options say.
     `in_backward`: each is stepped within the backward pass, which must be the only one of its step.
+    `class_of` gives the class; planning has stand-ins for those that need a GPU's kernels.
     """
     options = resolve_optimizer_options(options)
     parameters = list(parameters)
     kind = _find_kind(options)
-    optimizer_class = _optimizer_class(kind)
+    optimizer_class = class_of(kind)
     arguments = kind.arguments(options)
     if options.use_cpu_offload_optimizer and kind.package == "torch":
         arguments["fused"] = True  # on a CPU many times faster than torch's default
@@ -224,17 +237,6 @@ def _find_kind(options: OptimizerOptions) -> Kind:
     if flags and flags[0] != "--use_8bit" and not options.use_torchao:
         raise UserError(f"{flags[0]}: only torchao has it; add --use_torchao")
     return OPTIMIZERS[options.optimizer, _state_format(options)]
-
-
-def _optimizer_class(kind: Kind) -> Callable[..., torch.optim.Optimizer]:
-    """Raises UserError where the library is not installed."""
-    try:
-        return getattr(importlib.import_module(kind.module), kind.class_name)
-    except ImportError as error:
-        raise UserError(
-            f"--optimizer: {kind.class_name} needs {kind.package}, which cannot be imported ({error}); "
-            f"pip install {kind.package}"
-        ) from error
 
 
 def _tell_without_effect(options: OptimizerOptions) -> None:

@@ -1,0 +1,118 @@
+"""Counts the bytes of all tensors that live, by what they are for, and remembers the peak.
+
+Every operation that torch dispatches passes by, real or on fake tensors alike, and each *storage* that comes out is
+counted once, until it is freed. Rejected: reading the resident memory of the process, which says nothing on fake
+tensors, counts the libraries, and keeps what the allocator has not given back; and torch's `MemTracker`, which knows
+no adapter and no fake host.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+PARTS = ("weights", "adapter", "gradients", "optimizer", "activations")
+
+
+class MemoryTracker(TorchDispatchMode):
+    """While it is entered, follows what lives on one device (`parts`, in bytes), and in all other places (`host`).
+
+    What is new belongs to the part of the innermost `part` context, and is an activation outside of any. What is
+    there already when the tracker is entered is counted once `add` is told of it.
+    """
+
+    def __init__(self, device: torch.device):
+        super().__init__()
+        self.device = device
+        self.parts = dict.fromkeys(PARTS, 0)
+        self.host = 0
+        self._part = "activations"
+        # By the address of the storage, which is not used again before the storage, and with it the entry, is gone.
+        self._storages: dict[int, tuple[weakref.ref[Any], str | None, int]] = {}
+        self.start_phase()
+
+    def start_phase(self) -> None:
+        """The peaks are from here on."""
+        self.peak_parts: Mapping[str, int] = dict(self.parts)
+        self.peak = self.current
+        self.host_peak = self.host
+
+    @property
+    def current(self) -> int:
+        """Bytes that live on the device now."""
+        return sum(self.parts.values())
+
+    @contextlib.contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """What comes to be inside belongs to this part."""
+        assert name in PARTS
+        before, self._part = self._part, name
+        try:
+            yield
+        finally:
+            self._part = before
+
+    def add(self, tensors: Iterable[torch.Tensor], part: str) -> None:
+        """Count tensors that exist, or that are counted under another part, to this one."""
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            known = self._storages.get(storage._cdata)
+            if known is None:
+                self._count(storage, tensor.device, part)
+            elif known[1] not in (None, part):
+                reference, earlier, num_bytes = known
+                self.parts[earlier or ""] -= num_bytes
+                self.parts[part] += num_bytes
+                self._storages[storage._cdata] = reference, part, num_bytes
+        self._note_peak(0)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = self.run(func, args, kwargs or {})
+        is_new = False
+        for value in tree_leaves(result):
+            if isinstance(value, torch.Tensor):
+                storage = value.untyped_storage()
+                if storage._cdata not in self._storages:
+                    self._count(storage, value.device, self._part)
+                    is_new = True
+        workspace = self.workspace(func, args)
+        if is_new or workspace:
+            self._note_peak(workspace)
+        return result
+
+    def run(self, func, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """The operation itself."""
+        return func(*args, **kwargs)
+
+    def workspace(self, func, args: tuple[Any, ...]) -> int:
+        """Bytes that an operation takes on the device besides its results, while it runs."""
+        return 0
+
+    def _count(self, storage: torch.UntypedStorage, device: torch.device, part: str) -> None:
+        key, num_bytes = storage._cdata, storage.nbytes()
+        is_on_device = device == self.device
+        reference = weakref.ref(storage, lambda _: self._forget(key))
+        self._storages[key] = reference, part if is_on_device else None, num_bytes
+        if is_on_device:
+            self.parts[part] += num_bytes
+        elif device.type != "meta":
+            self.host += num_bytes
+
+    def _forget(self, key: int) -> None:
+        _, part, num_bytes = self._storages.pop(key)
+        if part is None:
+            self.host -= num_bytes
+        else:
+            self.parts[part] -= num_bytes
+
+    def _note_peak(self, workspace: int) -> None:
+        self.host_peak = max(self.host_peak, self.host)
+        if self.current + workspace > self.peak:
+            self.peak = self.current + workspace
+            self.peak_parts = {**self.parts, "activations": self.parts["activations"] + workspace}

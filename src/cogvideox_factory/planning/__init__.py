@@ -1,0 +1,128 @@
+"""The `plan` command: what each phase of a run holds on the GPU at its peak, before anything is downloaded or rented.
+
+The figures are traced (see `phases`), not measured: tensors' bytes, to which the CUDA context comes, and what the
+allocator loses between them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from cogvideox_factory.config import ModelOptions, Plan, UserError, nearest, plain_values
+from cogvideox_factory.memory.tracker import PARTS
+from cogvideox_factory.model import published
+from cogvideox_factory.model.adapters import describe_method
+from cogvideox_factory.model.family import Checkpoint, open_checkpoint, with_conditioning
+from cogvideox_factory.planning.phases import Phase, largest_bucket, trace_phases, training_dtype
+from cogvideox_factory.sampling import resolve_sampling
+from cogvideox_factory.training.run_options import resolve_options
+
+GIB = 1024**3
+CONTEXT_GIB = 1.2  # of every process on a GPU: the CUDA context, the libraries' workspaces, fragmentation
+
+
+def run(options: Plan) -> None:
+    """Trace the phases and print them. Raises UserError for a model that is not known here, and for what training
+    would refuse."""
+    with open_configs(options.model) as checkpoint:
+        options = resolve(options, checkpoint)
+        phases = trace_phases(options, checkpoint)
+        print(json.dumps(as_json(options, phases)) if options.json else as_text(options, checkpoint, phases))
+
+
+@contextlib.contextmanager
+def open_configs(options: ModelOptions) -> Iterator[Checkpoint]:
+    """The checkpoint of a folder, or of a published model's name: its configs are kept with the program.
+
+    Raises UserError for any other name. Nothing is downloaded.
+    """
+    name = options.pretrained_model_name_or_path
+    assert name is not None
+    if Path(name).expanduser().is_dir():
+        yield open_checkpoint(options)
+    elif published.is_published(name):
+        with tempfile.TemporaryDirectory() as folder:
+            published.write_configs(name, Path(folder))
+            yield replace(open_checkpoint(replace(options, pretrained_model_name_or_path=folder)), name=name)
+    else:
+        known = [f"{owner}/{model}" for owner in published.OWNERS for model in published.NAMES]
+        raise UserError(
+            f"--pretrained_model_name_or_path {name}: no such folder, and not one of the published models"
+            f"{nearest(name, known)}. They are {', '.join(f'{published.OWNERS[0]}/{model}' for model in published.NAMES)}"
+            f" (also as {published.OWNERS[1]}/…)"
+        )
+
+
+def resolve(options: Plan, checkpoint: Checkpoint) -> Plan:
+    """Options as `train` would fill them in, for raw clips of every bucket."""
+    checkpoint = with_conditioning(checkpoint, options.conditioning)
+    given = replace(
+        options,
+        output_dir=options.output_dir or Path("."),
+        data=replace(options.data, data_root=options.data.data_root or Path(".")),
+        training=replace(options.training, load_tensors=False),  # a prepared set may not be there yet
+    )
+    resolved = resolve_options(given, checkpoint)
+    sampling = resolve_sampling(
+        options.sampling, largest_bucket(resolved), checkpoint.size_divisor, checkpoint.temporal_factor
+    )
+    return replace(options, **{name: getattr(resolved, name) for name in FILLED_IN}, sampling=sampling)
+
+
+FILLED_IN = ("data", "encoding", "training", "optimizer", "held_out")
+
+
+def as_json(options: Plan, phases: list[Phase]) -> dict[str, Any]:
+    """The plan for programs; memory in GiB."""
+    rows = [
+        {
+            "name": phase.name,
+            "peak_gib": phase.peak / GIB,
+            "host_gib": phase.host / GIB,
+            "parts": {part: phase.parts[part] / GIB for part in PARTS},
+        }
+        for phase in phases
+    ]
+    peak = max(phase.peak for phase in phases) / GIB
+    budget = options.gpu_memory
+    return {
+        "settings": plain_values(options),
+        "phases": rows,
+        "peak_gib": peak,
+        "budget_gib": budget,
+        "fits": None if budget is None else peak + CONTEXT_GIB <= budget,
+    }
+
+
+def as_text(options: Plan, checkpoint: Checkpoint, phases: list[Phase]) -> str:
+    """The plan for people."""
+    columns = ["peak", *PARTS, "host"]
+    lines = [
+        f"{checkpoint.name}, {describe_method(options.method, options.lora)}, batch "
+        f"{options.training.train_batch_size} of {largest_bucket(options)}, "
+        f"{str(training_dtype(options, checkpoint)).removeprefix('torch.')}",
+        "Planned by tracing on fake tensors, not measured; GiB at the highest moment of each phase:",
+        "",
+        f"{'phase':<12}" + "".join(f"{column:>13}" for column in columns),
+    ]
+    for phase in phases:
+        values = [phase.peak, *(phase.parts[part] for part in PARTS), phase.host]
+        lines.append(f"{phase.name:<12}" + "".join(f"{value / GIB:>13.2f}" for value in values))
+    highest = max(phases, key=lambda phase: phase.peak)
+    need = highest.peak / GIB + CONTEXT_GIB
+    lines += [
+        "",
+        f"planned peak {highest.peak / GIB:.2f} GiB, in {highest.name}; with {CONTEXT_GIB} GiB allowed for the CUDA "
+        f"context {need:.2f} GiB",
+    ]
+    if options.gpu_memory is not None:
+        left = options.gpu_memory - need
+        verdict = f"fits, with {left:.2f} GiB to spare" if left >= 0 else f"does not fit, by {-left:.2f} GiB"
+        lines.append(f"--gpu_memory {options.gpu_memory:g}: {verdict}")
+    return "\n".join(lines)

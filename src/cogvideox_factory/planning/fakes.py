@@ -1,0 +1,98 @@
+"""Models and tensors that have sizes and no content, on a fake GPU beside a fake host.
+
+torch's fake tensors go through the program's own code, and nothing is computed. The GPU is `cpu:0`, the host is
+`cpu`: two devices that torch tells apart wherever it compares them, and refuses to mix, while all of it runs where
+torch has no CUDA. Rejected: fake "cuda" tensors, which abort the process there, and "meta", on which attention takes
+another path and other memory. What CUDA does otherwise than a CPU is put right here, in one place: flash attention's
+workspace, and (`as_on_cuda`) optimizers that step all weights at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+from unittest import mock
+
+import torch
+from torch._subclasses import FakeTensor, FakeTensorMode
+
+from cogvideox_factory.memory.tracker import MemoryTracker
+from cogvideox_factory.model.denoiser import forget_positions
+
+GPU = torch.device("cpu", 0)
+HOST = torch.device("cpu")
+
+_aten = torch.ops.aten
+_HALF = (torch.float16, torch.bfloat16)
+
+
+@contextlib.contextmanager
+def fake_world() -> Iterator[None]:
+    """Inside, every new tensor is a fake."""
+    forget_positions()
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True), mock.patch.object(torch.nn.Module, "_apply", _replace):
+            yield
+    finally:
+        forget_positions()  # those inside are fakes
+
+
+class FakeTracker(MemoryTracker):
+    """Counts what lives on the fake GPU and on the fake host."""
+
+    def __init__(self) -> None:
+        super().__init__(GPU)
+
+    def run(self, func, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """A number that the program asks a fake tensor for is 1: what depends on it is no size."""
+        if func is _aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
+            dtype = args[0].dtype
+            return True if dtype == torch.bool else 1.0 if dtype.is_floating_point else 1
+        return func(*args, **kwargs)
+
+    def workspace(self, func, args: tuple[Any, ...]) -> int:
+        """FlashAttention-2 sums the gradient of the queries in fp32, and keeps a fp32 number a row of them."""
+        if func is not _aten._scaled_dot_product_flash_attention_for_cpu_backward.default:
+            return 0
+        query = args[1]
+        if query.dtype not in _HALF:  # another kernel, which needs none
+            return 0
+        batch, heads, tokens, width = query.shape
+        rows = math.ceil(tokens / 128) * 128
+        return batch * heads * rows * (width + 1) * torch.float32.itemsize
+
+
+def build(make: Callable[[], Any], dtype: torch.dtype) -> Any:
+    """A frozen model on the host whose weights come to be in this type, as `from_pretrained` makes it."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        return make().requires_grad_(False).eval()
+    finally:
+        torch.set_default_dtype(before)
+
+
+def as_on_cuda(optimizer: torch.optim.Optimizer) -> None:
+    """Let torch's own optimizers step all weights together, which is their default on CUDA alone."""
+    for group in optimizer.param_groups:
+        if "foreach" in group and not group.get("fused"):
+            group["foreach"] = True
+
+
+def _replace(module: torch.nn.Module, change: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+    """`Module._apply`, by which modules move; torch's own cannot exchange the content of a fake parameter."""
+    if recurse:
+        for child in module.children():
+            _replace(child, change)
+    for name, parameter in module._parameters.items():
+        if parameter is not None:
+            with torch.no_grad():
+                changed = change(parameter)
+            if changed is not parameter:
+                module._parameters[name] = torch.nn.Parameter(changed, parameter.requires_grad)
+    for name, buffer in module._buffers.items():
+        if buffer is not None:
+            module._buffers[name] = change(buffer)
+    return module

@@ -1,0 +1,335 @@
+"""Traces each phase of a run on fake tensors: the program's own code, and what lives on the GPU while it runs.
+
+`preparing` encodes a caption, then a clip. `training` is the loop's step once the optimizer has its states.
+`validation` makes a video beside all that the training holds. `testing` makes one from what was saved.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from cogvideox_factory.config import Plan, SamplingOptions
+from cogvideox_factory.data.buckets import Bucket
+from cogvideox_factory.data.loader import Batch, StepBatches
+from cogvideox_factory.data.sampler import Position
+from cogvideox_factory.memory.tracker import MemoryTracker
+from cogvideox_factory.model.adapters import attach, is_lora, trainable_parameters
+from cogvideox_factory.model.denoiser import Denoiser, load_scheduler
+from cogvideox_factory.model.encoders import TextEncoder, VideoEncoder
+from cogvideox_factory.model.family import Checkpoint
+from cogvideox_factory.planning import low_bit
+from cogvideox_factory.planning.fakes import GPU, HOST, FakeTracker, as_on_cuda, build, fake_world
+from cogvideox_factory.sampling import pipeline_in_memory, place
+from cogvideox_factory.training.ema import averaged, build_average
+from cogvideox_factory.training.loop import build_model, optimizer_step
+from cogvideox_factory.training.optimizers import build_optimizer
+
+NUM_DENOISING_STEPS = 2  # the second holds what the first leaves for it; all others are like it
+
+
+@dataclass(frozen=True)
+class Phase:
+    """The moment of a phase at which most lives on the GPU."""
+
+    name: str
+    parts: Mapping[str, int]  # bytes by what they are for
+    host: int  # most bytes of tensors on the host, at any moment
+
+    @property
+    def peak(self) -> int:
+        """Bytes on the GPU."""
+        return sum(self.parts.values())
+
+    @classmethod
+    def of(cls, name: str, tracker: MemoryTracker) -> Phase:
+        return cls(name, dict(tracker.peak_parts), tracker.host_peak)
+
+    @classmethod
+    def highest(cls, name: str, phases: list[Phase]) -> Phase:
+        """Of phases that come one after the other."""
+        return cls(name, max(phases, key=lambda phase: phase.peak).parts, max(phase.host for phase in phases))
+
+
+def trace_phases(options: Plan, checkpoint: Checkpoint) -> list[Phase]:
+    """Preparing, training, validation and testing with resolved options, as on a GPU."""
+    _ = checkpoint.weights_dtype  # it is kept once read, and its file cannot be read in the fake world
+    with fake_world():
+        phases = [
+            Phase.highest("preparing", [trace_text(options, checkpoint), trace_encoding(options, checkpoint)]),
+            *trace_training(options, checkpoint),
+            trace_testing(options, checkpoint),
+        ]
+    return phases
+
+
+def largest_bucket(options: Plan) -> Bucket:
+    """The one whose clips have the most pixels."""
+    data = options.data
+    return Bucket(max(data.frame_buckets), max(data.height_buckets), max(data.width_buckets))
+
+
+def training_dtype(options: Plan, checkpoint: Checkpoint) -> torch.dtype:
+    """The transformer's type on a GPU."""
+    return checkpoint.dtype_for(options.training.mixed_precision, torch.device("cuda"))
+
+
+def encoders_dtype(options: Plan, checkpoint: Checkpoint) -> torch.dtype:
+    """The type of T5 and of the encoding VAE on a GPU."""
+    return checkpoint.dtype_for(options.encoding.dtype, torch.device("cuda"))
+
+
+def trace_text(options: Plan, checkpoint: Checkpoint) -> Phase:
+    """A caption through T5."""
+    with _phase() as tracker:
+        dtype = encoders_dtype(options, checkpoint)
+        text_encoder = load_text_encoder(checkpoint, dtype).to(GPU)
+        tracker.add(_tensors(text_encoder), "weights")
+        tokens = options.encoding.max_sequence_length or checkpoint.max_text_tokens
+        pipeline = _text_pipeline(text_encoder)
+        tracker.start_phase()
+        TextEncoder(pipeline, tokens, GPU).encode("")
+        return Phase.of("preparing", tracker)
+
+
+def trace_encoding(options: Plan, checkpoint: Checkpoint) -> Phase:
+    """A clip of the largest bucket through the VAE."""
+    with _phase() as tracker:
+        vae = load_vae(checkpoint, encoders_dtype(options, checkpoint))
+        encoder = VideoEncoder.of(vae, checkpoint, use_tiling=options.encoding.use_tiling)
+        vae.to(GPU)
+        tracker.add(_tensors(vae), "weights")
+        tracker.start_phase()
+        encoder.encode_tensor(torch.empty((*largest_bucket(options), 3), dtype=torch.uint8, device=GPU))
+        return Phase.of("preparing", tracker)
+
+
+def trace_training(options: Plan, checkpoint: Checkpoint) -> list[Phase]:
+    """The training step, and the videos that are made beside what the training holds."""
+    dtype = training_dtype(options, checkpoint)
+    with _phase() as tracker:
+        transformer = build_model(options, checkpoint, dtype, GPU, load=load_transformer)
+        training = trace_steps(options, checkpoint, transformer, dtype, tracker)
+        tracker.start_phase()
+        with averaged(training.average):
+            pipeline = pipeline_in_memory(
+                *(checkpoint, transformer, training.scheduler, options.sampling, dtype, GPU), load=load_vae
+            )
+            tracker.add(_tensors(pipeline.vae), "weights")
+            embeds = torch.empty(_embeds_shape(options, checkpoint), dtype=dtype, device=GPU)
+            _make_video(pipeline, options, checkpoint, prompt_embeds=embeds, negative_prompt_embeds=embeds)
+        return [training.phase, Phase.of("validation", tracker)]
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a training holds between two steps."""
+
+    phase: Phase
+    scheduler: Any
+    average: Any
+    optimizer: torch.optim.Optimizer
+
+
+def trace_steps(
+    options: Plan, checkpoint: Checkpoint, transformer, dtype: torch.dtype, tracker: MemoryTracker
+) -> Training:
+    """The loop's step with the optimizer's states in place; `tracker` is entered, `transformer` is built."""
+    device = tracker.device
+    trained = trainable_parameters(transformer)
+    tracker.add(_tensors(transformer), "weights")
+    tracker.add(trained.values(), "adapter" if is_lora(transformer) else "weights")
+    for parameter in trained.values():
+        parameter.register_post_accumulate_grad_hook(lambda parameter: _tell_gradient(parameter, tracker))
+    with tracker.part("optimizer"):
+        average = build_average(trained, options.method.ema_decay)
+        optimizer = build_optimizer(trained.values(), options.optimizer, 1, low_bit.class_of)
+    as_on_cuda(optimizer)
+    stepping = _Stepping(optimizer, tracker)
+    scheduler = load_scheduler(checkpoint)
+    transformer.train()
+
+    # States come with the first step. This one has gradients and no batch, which would only cost time.
+    sum(parameter.sum() for parameter in trained.values()).backward()  # type: ignore[union-attr]
+    stepping.step()
+    stepping.zero_grad()
+    tracker.add(_states(optimizer), "optimizer")
+    gc.collect()
+    tracker.start_phase()
+    optimizer_step(
+        fake_step(options, checkpoint),
+        *(OneProcess(device), transformer, stepping, Denoiser(checkpoint, dtype), scheduler),
+        *(list(trained.values()), options),
+    )
+    return Training(Phase.of("training", tracker), scheduler, average, optimizer)
+
+
+def trace_testing(options: Plan, checkpoint: Checkpoint) -> Phase:
+    """A video by the whole stock pipeline, as it is loaded from what the training saved."""
+    with _phase() as tracker:
+        dtype = training_dtype(options, checkpoint)
+        transformer = load_transformer(checkpoint, dtype)
+        if options.method.training_type == "lora":
+            attach(transformer, options.method, options.lora, options.seed)
+            for parameter in trainable_parameters(transformer).values():
+                parameter.data = parameter.data.to(dtype)
+        pipeline = checkpoint.pipeline_class(
+            tokenizer=FakeTokenizer(),
+            text_encoder=load_text_encoder(checkpoint, dtype),
+            vae=load_vae(checkpoint, dtype),
+            transformer=transformer,
+            scheduler=load_scheduler(checkpoint),
+        )
+        with tracker.part("weights"):
+            place(pipeline, checkpoint, options.sampling, GPU)
+        tracker.start_phase()
+        _make_video(pipeline, options, checkpoint, prompt="")
+        return Phase.of("testing", tracker)
+
+
+def _make_video(pipeline, options: Plan, checkpoint: Checkpoint, **prompt: Any) -> None:
+    """As `sampling.generate`, to the point where the video leaves the GPU."""
+    sampling: SamplingOptions = options.sampling
+    assert sampling.height is not None and sampling.width is not None
+    if checkpoint.is_image_to_video:
+        prompt["image"] = torch.empty((1, 3, sampling.height, sampling.width), device=HOST)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline(
+        **prompt,
+        height=sampling.height,
+        width=sampling.width,
+        num_frames=sampling.num_frames,
+        num_inference_steps=NUM_DENOISING_STEPS,
+        guidance_scale=sampling.guidance_scale,
+        use_dynamic_cfg=sampling.use_dynamic_cfg,
+        generator=torch.Generator(),
+        output_type="pt",
+        max_sequence_length=options.encoding.max_sequence_length or checkpoint.max_text_tokens,
+    )
+
+
+def fake_step(options: Plan, checkpoint: Checkpoint) -> StepBatches:
+    """A step's batches of the largest bucket, in the host's memory; a third batch would be like the second."""
+    frames, height, width = largest_bucket(options)
+    channels = checkpoint.vae["latent_channels"]
+    size = (channels, height // checkpoint.spatial_factor, width // checkpoint.spatial_factor)
+    latent_frames = (frames - 1) // checkpoint.temporal_factor + 1
+    padded = math.ceil(latent_frames / checkpoint.latent_frame_multiple) * checkpoint.latent_frame_multiple
+    clips = options.training.train_batch_size
+    count = min(options.training.gradient_accumulation_steps, 2)
+    batches = [
+        Batch(
+            raw_latents=torch.zeros(clips, latent_frames, *size),
+            noise=torch.zeros(clips, padded, *size),
+            timestep_quantiles=torch.zeros(clips),
+            prompt_embeds=torch.zeros(
+                (clips, *_embeds_shape(options, checkpoint)[1:]), dtype=encoders_dtype(options, checkpoint)
+            ),
+            share=1 / count,
+            raw_image_latents=torch.zeros(clips, *size) if checkpoint.is_image_to_video else None,
+        )
+        for _ in range(count)
+    ]
+    return StepBatches(Position(), batches, clips * count)
+
+
+def _embeds_shape(options: Plan, checkpoint: Checkpoint) -> tuple[int, int, int]:
+    tokens = options.encoding.max_sequence_length or checkpoint.max_text_tokens
+    return 1, tokens, checkpoint.transformer["text_embed_dim"]
+
+
+class OneProcess:
+    """What the loop's step asks of an accelerator, for one process and no engine."""
+
+    num_processes = 1
+
+    def __init__(self, device: torch.device):
+        self.device = device
+
+    def no_sync(self, model) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def backward(self, loss: torch.Tensor) -> None:
+        loss.backward()
+
+    def clip_grad_norm_(self, parameters: list[torch.nn.Parameter], limit: float) -> torch.Tensor:
+        return torch.nn.utils.clip_grad_norm_(parameters, limit)
+
+
+class _Stepping:
+    """An optimizer whose new tensors are counted as its own."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, tracker: MemoryTracker):
+        self.optimizer = optimizer
+        self.tracker = tracker
+
+    def step(self) -> None:
+        with self.tracker.part("optimizer"):
+            self.optimizer.step()
+
+    def zero_grad(self) -> None:
+        self.optimizer.zero_grad()
+
+
+class FakeTokenizer:
+    """A caption as long as the model takes, or of one token."""
+
+    def __call__(self, prompt: str | list[str], max_length: int = 1, **_: Any) -> Any:
+        return SimpleNamespace(input_ids=torch.zeros(1, max_length, dtype=torch.int64))
+
+
+def load_transformer(checkpoint: Checkpoint, dtype: torch.dtype):
+    """The transformer of a checkpoint, without content."""
+    from diffusers import CogVideoXTransformer3DModel
+
+    return build(lambda: CogVideoXTransformer3DModel.from_config(dict(checkpoint.transformer)), dtype)
+
+
+def load_vae(checkpoint: Checkpoint, dtype: torch.dtype):
+    """The VAE of a checkpoint, without content."""
+    from diffusers import AutoencoderKLCogVideoX
+
+    return build(lambda: AutoencoderKLCogVideoX.from_config(dict(checkpoint.vae)), dtype)
+
+
+def load_text_encoder(checkpoint: Checkpoint, dtype: torch.dtype):
+    """The text encoder of a checkpoint, without content."""
+    from transformers import T5Config, T5EncoderModel
+
+    config = T5Config.from_pretrained(checkpoint.folder, subfolder="text_encoder")
+    return build(lambda: T5EncoderModel(config), dtype)
+
+
+def _text_pipeline(text_encoder):
+    from diffusers import CogVideoXPipeline
+
+    return CogVideoXPipeline(FakeTokenizer(), text_encoder, vae=None, transformer=None, scheduler=None)
+
+
+@contextlib.contextmanager
+def _phase() -> Iterator[FakeTracker]:
+    """A tracker that is entered; what earlier phases left in cycles is gone."""
+    gc.collect()
+    with FakeTracker() as tracker:
+        yield tracker
+    gc.collect()
+
+
+def _tensors(module: torch.nn.Module) -> list[torch.Tensor]:
+    return [*module.parameters(), *module.buffers()]
+
+
+def _tell_gradient(parameter: torch.Tensor, tracker: MemoryTracker) -> None:
+    if parameter.grad is not None:
+        tracker.add([parameter.grad], "gradients")
+
+
+def _states(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    return [value for state in optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor)]
