@@ -64,7 +64,7 @@ class MemoryTracker(TorchDispatchMode):
             storage = tensor.untyped_storage()
             known = self._storages.get(storage._cdata)
             if known is None:
-                self._count(storage, tensor.device, part)
+                self._count(storage, self.device_of(tensor), part)
             elif known[1] not in (None, part):
                 reference, earlier, num_bytes = known
                 self.parts[earlier or ""] -= num_bytes
@@ -75,11 +75,11 @@ class MemoryTracker(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = self.run(func, args, kwargs or {})
         is_new = False
-        for value in tree_leaves(result):
+        for value in (result,) if isinstance(result, torch.Tensor) else tree_leaves(result):
             if isinstance(value, torch.Tensor):
                 storage = value.untyped_storage()
                 if storage._cdata not in self._storages:
-                    self._count(storage, value.device, self._part)
+                    self._count(storage, self.device_of(value), self._part)
                     is_new = True
         workspace = self.workspace(func, args)
         if is_new or workspace:
@@ -89,6 +89,10 @@ class MemoryTracker(TorchDispatchMode):
     def run(self, func, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """The operation itself."""
         return func(*args, **kwargs)
+
+    def device_of(self, tensor: torch.Tensor) -> torch.device:
+        """Where a tensor's content lies."""
+        return tensor.device
 
     def workspace(self, func, args: tuple[Any, ...]) -> int:
         """Bytes that an operation takes on the device besides its results, while it runs."""

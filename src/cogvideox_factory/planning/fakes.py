@@ -10,6 +10,7 @@ workspace, and (`as_on_cuda`) optimizers that step all weights at once.
 from __future__ import annotations
 
 import contextlib
+import gc
 import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -25,17 +26,23 @@ GPU = torch.device("cpu", 0)
 HOST = torch.device("cpu")
 
 _aten = torch.ops.aten
+_ask_device = torch.ops.prim.device.default
 _HALF = (torch.float16, torch.bfloat16)
+
+
+_LAYERS = (torch.nn.Linear, torch.nn.Embedding, torch.nn.modules.conv._ConvNd)
 
 
 @contextlib.contextmanager
 def fake_world() -> Iterator[None]:
     """Inside, every new tensor is a fake."""
     forget_positions()
+    gc.freeze()  # what is there already, modules above all, need not be looked through each time
     try:
         with FakeTensorMode(allow_non_fake_inputs=True), mock.patch.object(torch.nn.Module, "_apply", _replace):
             yield
     finally:
+        gc.unfreeze()
         forget_positions()  # those inside are fakes
 
 
@@ -46,11 +53,19 @@ class FakeTracker(MemoryTracker):
         super().__init__(GPU)
 
     def run(self, func, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """A number that the program asks a fake tensor for is 1: what depends on it is no size."""
+        """A number that the program asks a fake tensor for is 1: what depends on it is no size.
+
+        Devices, which torch asks for more often than for all else together, are answered without the detour.
+        """
+        if func is _ask_device and isinstance(args[0], FakeTensor) and not args[0].fake_mode.in_kernel_invocation:
+            return args[0].fake_device
         if func is _aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
             dtype = args[0].dtype
             return True if dtype == torch.bool else 1.0 if dtype.is_floating_point else 1
         return func(*args, **kwargs)
+
+    def device_of(self, tensor: torch.Tensor) -> torch.device:
+        return tensor.fake_device if isinstance(tensor, FakeTensor) else tensor.device
 
     def workspace(self, func, args: tuple[Any, ...]) -> int:
         """FlashAttention-2 sums the gradient of the queries in fp32, and keeps a fp32 number a row of them."""
@@ -69,7 +84,10 @@ def build(make: Callable[[], Any], dtype: torch.dtype) -> Any:
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        return make().requires_grad_(False).eval()
+        with contextlib.ExitStack() as stack:
+            for layer in _LAYERS:  # to fill what has no content takes longer than all else
+                stack.enter_context(mock.patch.object(layer, "reset_parameters", lambda self: None))
+            return make().requires_grad_(False).eval()
     finally:
         torch.set_default_dtype(before)
 
@@ -81,17 +99,28 @@ def as_on_cuda(optimizer: torch.optim.Optimizer) -> None:
             group["foreach"] = True
 
 
-def _replace(module: torch.nn.Module, change: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
-    """`Module._apply`, by which modules move; torch's own cannot exchange the content of a fake parameter."""
-    if recurse:
-        for child in module.children():
-            _replace(child, change)
+def _replace(
+    module: torch.nn.Module,
+    change: Callable[[torch.Tensor], torch.Tensor],
+    recurse: bool = True,
+    changed: dict[torch.Tensor, torch.nn.Parameter] | None = None,
+) -> Any:
+    """`Module._apply`, by which modules move; torch's own cannot exchange the content of a fake parameter.
+
+    `changed` has those that are done: one that belongs to several modules stays one.
+    """
+    changed = {} if changed is None else changed
+    for child in module.children() if recurse else ():
+        _replace(child, change, changed=changed)
     for name, parameter in module._parameters.items():
-        if parameter is not None:
+        if parameter is None:
+            continue
+        if parameter not in changed:
             with torch.no_grad():
-                changed = change(parameter)
-            if changed is not parameter:
-                module._parameters[name] = torch.nn.Parameter(changed, parameter.requires_grad)
+                value = change(parameter)
+            same = value is parameter
+            changed[parameter] = parameter if same else torch.nn.Parameter(value, parameter.requires_grad)
+        module._parameters[name] = changed[parameter]
     for name, buffer in module._buffers.items():
         if buffer is not None:
             module._buffers[name] = change(buffer)

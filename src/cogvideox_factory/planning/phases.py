@@ -32,8 +32,6 @@ from cogvideox_factory.training.ema import averaged, build_average
 from cogvideox_factory.training.loop import build_model, optimizer_step
 from cogvideox_factory.training.optimizers import build_optimizer
 
-NUM_DENOISING_STEPS = 2  # the second holds what the first leaves for it; all others are like it
-
 
 @dataclass(frozen=True)
 class Phase:
@@ -206,13 +204,20 @@ def _make_video(pipeline, options: Plan, checkpoint: Checkpoint, **prompt: Any) 
         height=sampling.height,
         width=sampling.width,
         num_frames=sampling.num_frames,
-        num_inference_steps=NUM_DENOISING_STEPS,
+        num_inference_steps=2,
+        callback_on_step_end=_skip_other_steps,
         guidance_scale=sampling.guidance_scale,
         use_dynamic_cfg=sampling.use_dynamic_cfg,
         generator=torch.Generator(),
         output_type="pt",
         max_sequence_length=options.encoding.max_sequence_length or checkpoint.max_text_tokens,
     )
+
+
+def _skip_other_steps(pipeline, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+    """They are like the first, but for a few MB of latents that some schedules keep from step to step."""
+    pipeline._interrupt = True
+    return values
 
 
 def fake_step(options: Plan, checkpoint: Checkpoint) -> StepBatches:
@@ -289,7 +294,8 @@ def load_transformer(checkpoint: Checkpoint, dtype: torch.dtype):
     """The transformer of a checkpoint, without content."""
     from diffusers import CogVideoXTransformer3DModel
 
-    return build(lambda: CogVideoXTransformer3DModel.from_config(dict(checkpoint.transformer)), dtype)
+    config = {name: value for name, value in checkpoint.transformer.items() if name != "dtype"}
+    return build(lambda: CogVideoXTransformer3DModel.from_config(config), dtype)
 
 
 def load_vae(checkpoint: Checkpoint, dtype: torch.dtype):
