@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from cogvideox_factory.config import ModelOptions, Plan, UserError, nearest, plain_values
+from cogvideox_factory.config import Plan, UserError, nearest, plain_values
 from cogvideox_factory.memory.tracker import PARTS
 from cogvideox_factory.model import published
 from cogvideox_factory.model.adapters import describe_method
@@ -30,38 +30,42 @@ CONTEXT_GIB = 1.2  # of every process on a GPU: the CUDA context, the libraries'
 def run(options: Plan) -> None:
     """Trace the phases and print them. Raises UserError for a model that is not known here, and for what training
     would refuse."""
-    with open_configs(options.model) as checkpoint:
+    with open_configs(options) as checkpoint:
         options = resolve(options, checkpoint)
         phases = trace_phases(options, checkpoint)
         print(json.dumps(as_json(options, phases)) if options.json else as_text(options, checkpoint, phases))
 
 
 @contextlib.contextmanager
-def open_configs(options: ModelOptions) -> Iterator[Checkpoint]:
-    """The checkpoint of a folder, or of a published model's name: its configs are kept with the program.
+def open_configs(options: Plan) -> Iterator[Checkpoint]:
+    """The checkpoint of a folder, or of a published model's name, of which the configs are kept with the program.
 
     Raises UserError for any other name. Nothing is downloaded.
     """
-    name = options.pretrained_model_name_or_path
+    name = options.model.pretrained_model_name_or_path
     assert name is not None
-    if Path(name).expanduser().is_dir():
-        yield open_checkpoint(options)
-    elif published.is_published(name):
-        with tempfile.TemporaryDirectory() as folder:
+    with contextlib.ExitStack() as stack:
+        if Path(name).expanduser().is_dir():
+            checkpoint = open_checkpoint(options.model)
+        elif published.is_published(name):
+            folder = stack.enter_context(tempfile.TemporaryDirectory())
             published.write_configs(name, Path(folder))
-            yield replace(open_checkpoint(replace(options, pretrained_model_name_or_path=folder)), name=name)
-    else:
-        known = [f"{owner}/{model}" for owner in published.OWNERS for model in published.NAMES]
-        raise UserError(
-            f"--pretrained_model_name_or_path {name}: no such folder, and not one of the published models"
-            f"{nearest(name, known)}. They are {', '.join(f'{published.OWNERS[0]}/{model}' for model in published.NAMES)}"
-            f" (also as {published.OWNERS[1]}/…)"
-        )
+            model = replace(options.model, pretrained_model_name_or_path=folder)
+            checkpoint = replace(open_checkpoint(model), name=name)
+        else:
+            known = [f"{owner}/{model}" for owner in published.OWNERS for model in published.NAMES]
+            of_first = [name for name in known if name.startswith(published.OWNERS[0])]
+            raise UserError(
+                f"--pretrained_model_name_or_path {name}: no such folder, and none of the published models"
+                f"{nearest(name, known)}. Known are {', '.join(of_first)}, also as {published.OWNERS[1]}/…"
+            )
+        checkpoint = with_conditioning(checkpoint, options.conditioning)
+        _ = checkpoint.weights_dtype  # it is kept once read, and its file cannot be read in the fake world
+        yield checkpoint
 
 
 def resolve(options: Plan, checkpoint: Checkpoint) -> Plan:
     """Options as `train` would fill them in, for raw clips of every bucket."""
-    checkpoint = with_conditioning(checkpoint, options.conditioning)
     given = replace(
         options,
         output_dir=options.output_dir or Path("."),

@@ -58,7 +58,6 @@ class Phase:
 
 def trace_phases(options: Plan, checkpoint: Checkpoint) -> list[Phase]:
     """Preparing, training, validation and testing with resolved options, as on a GPU."""
-    _ = checkpoint.weights_dtype  # it is kept once read, and its file cannot be read in the fake world
     with fake_world():
         phases = [
             Phase.highest("preparing", [trace_text(options, checkpoint), trace_encoding(options, checkpoint)]),

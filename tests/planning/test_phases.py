@@ -1,0 +1,209 @@
+"""Traced phases against real steps with the same tracker, and against what the traces must obey."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from cogvideox_factory.command_line import parse_command
+from cogvideox_factory.config import Plan
+from cogvideox_factory.memory.tracker import MemoryTracker
+from cogvideox_factory.model.adapters import is_lora, trainable_parameters
+from cogvideox_factory.model.denoiser import Denoiser, load_scheduler
+from cogvideox_factory.planning import open_configs, resolve
+from cogvideox_factory.planning.fakes import GPU, FakeTracker, fake_world
+from cogvideox_factory.planning.phases import (
+    Phase,
+    fake_step,
+    load_transformer,
+    trace_encoding,
+    trace_phases,
+    trace_steps,
+    trace_text,
+)
+from cogvideox_factory.training.loop import build_model, optimizer_step
+from cogvideox_factory.training.optimizers import build_optimizer
+
+CPU = torch.device("cpu")
+Plans = Callable[..., Plan]
+
+
+@pytest.fixture
+def plan(tiny_model: Path) -> Plans:
+    """Options of a plan for the tiny model."""
+
+    def make(*flags: str) -> Plan:
+        flags = ("--pretrained_model_name_or_path", str(tiny_model), "--rank", "16", *flags)
+        return parse_command(Plan, "plan", flags)
+
+    return make
+
+
+def planned_step(options: Plan, dtype: torch.dtype) -> Phase:
+    """The training step, traced."""
+    with open_configs(options) as checkpoint:
+        options = resolve(options, checkpoint)
+        with fake_world(), FakeTracker() as tracker:
+            transformer = build_model(options, checkpoint, dtype, GPU, load=load_transformer)
+            return trace_steps(options, checkpoint, transformer, dtype, tracker).phase
+
+
+def measured_step(options: Plan, dtype: torch.dtype) -> int:
+    """Peak of the second of two real steps, in bytes."""
+    with open_configs(options) as checkpoint:
+        options = resolve(options, checkpoint)
+        scheduler = load_scheduler(checkpoint)
+        transformer = build_model(options, checkpoint, dtype, CPU)
+        accelerator = Accelerator(cpu=True)
+        trained = list(trainable_parameters(transformer).values())
+        tracker = MemoryTracker(CPU)
+        with tracker:
+            tracker.add([*transformer.parameters(), *transformer.buffers()], "weights")
+            optimizer = build_optimizer(trained, options.optimizer, 1)
+            optimizer.param_groups[0]["foreach"] = True  # as on CUDA
+            transformer.train()
+            for _ in range(2):
+                tracker.start_phase()
+                optimizer_step(
+                    fake_step(options, checkpoint),  # of zeros: real outside of the fake world
+                    *(accelerator, transformer, optimizer, Denoiser(checkpoint, dtype), scheduler, trained, options),
+                )
+        return tracker.peak
+
+
+@pytest.mark.parametrize(
+    ("dtype", "flags"),
+    [
+        ("no", ()),
+        ("no", ("--gradient_checkpointing", "--train_batch_size", "2")),
+        ("no", ("--gradient_accumulation_steps", "2", "--use_dora", "--ema_decay", "0.9")),
+        ("no", ("--training_type", "sft", "--gradient_checkpointing")),
+        ("bf16", ("--training_type", "sft", "--train_batch_size", "2", "--gradient_accumulation_steps", "3")),
+        ("bf16", ("--training_type", "sft", "--trainable_dtype", "bf16", "--gradient_checkpointing")),
+    ],
+)
+def test_a_planned_step_is_the_real_one(
+    dtype: str, flags: tuple[str, ...], plan: Plans, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FakeTracker, "workspace", lambda *arguments: 0)  # of a kernel that a CPU has not
+    options = plan("--mixed_precision", dtype, *flags)
+    torch_dtype = torch.float32 if dtype == "no" else torch.bfloat16
+    planned, measured = planned_step(options, torch_dtype), measured_step(options, torch_dtype)
+    average = options.method.ema_decay and 4 * sum(
+        value.numel() for value in trainable_parameters_of(options, torch_dtype)
+    )
+    assert planned.peak == pytest.approx(measured + (average or 0), rel=0.02)
+
+
+def trainable_parameters_of(options: Plan, dtype: torch.dtype) -> list[torch.nn.Parameter]:
+    with open_configs(options) as checkpoint:
+        return list(trainable_parameters(build_model(options, checkpoint, dtype, CPU)).values())
+
+
+def test_flash_attention_sums_in_fp32(plan: Plans) -> None:
+    """The backward pass of FlashAttention-2 has a fp32 copy of the queries' gradient beside its results."""
+    tracker = FakeTracker()
+    with fake_world(), tracker:
+        query = torch.zeros(2, 4, 300, 32, dtype=torch.bfloat16, device=GPU, requires_grad=True)
+        out = torch.nn.functional.scaled_dot_product_attention(query, query, query).sum()
+        tracker.start_phase()
+        before = tracker.current
+        out.backward()
+        gradients = 3 * query.numel() * 2
+        workspace = 2 * 4 * 384 * (32 + 1) * 4
+        scattered = query.numel() * 2  # of the sum's gradient, made contiguous for the kernel, or not at all
+        assert gradients + workspace <= tracker.peak - before <= gradients + workspace + scattered + 64
+
+
+@pytest.mark.parametrize(
+    ("smaller", "larger"),
+    [
+        (("--train_batch_size", "1"), ("--train_batch_size", "2")),
+        (("--frame_buckets", "9"), ("--frame_buckets", "9", "17")),
+        (("--height_buckets", "64"), ("--height_buckets", "96", "64")),
+        (("--rank", "4"), ("--rank", "64")),
+        (("--gradient_checkpointing",), ()),
+        (("--optimizer", "came"), ("--optimizer", "prodigy")),
+        (("--use_8bit",), ()),
+        (("--use_4bit", "--use_torchao"), ("--use_8bit", "--use_torchao")),
+        (("--training_type", "lora"), ("--training_type", "sft")),
+    ],
+)
+def test_more_takes_more(smaller: tuple[str, ...], larger: tuple[str, ...], plan: Plans) -> None:
+    low, high = (planned_step(plan(*flags), torch.float32) for flags in (smaller, larger))
+    assert low.peak < high.peak
+
+
+def test_low_bit_states_take_their_bits(plan: Plans) -> None:
+    full, eight, four = (
+        planned_step(plan("--training_type", "sft", *flags), torch.float32).parts["optimizer"]
+        for flags in ((), ("--use_8bit",), ("--use_4bit", "--use_torchao"))
+    )
+    assert eight / full == pytest.approx(1 / 4, rel=0.1)
+    assert four / full == pytest.approx(1 / 8, rel=0.2)
+
+
+def test_states_on_the_host_leave_the_gpu(plan: Plans) -> None:
+    flags = ("--training_type", "sft", "--mixed_precision", "bf16")
+    here = planned_step(plan(*flags), torch.bfloat16)
+    there = planned_step(plan(*flags, "--use_cpu_offload_optimizer"), torch.bfloat16)
+    weights = there.parts["weights"] // 2  # numbers of 2 bytes
+    assert here.parts["optimizer"] - there.parts["optimizer"] >= 0.95 * 12 * weights
+    assert there.host - here.host == pytest.approx(12 * weights, rel=0.05)  # master and two states of 4 bytes
+
+
+@pytest.mark.parametrize("name", ["2b", "5b-I2V", "1.5-5B", "1.5-5B-I2V"])
+def test_all_phases_of_every_member(name: str, member: Callable[[str], Path]) -> None:
+    options = parse_command(Plan, "plan", ("--model_id", str(member(name)), "--enable_tiling", "--use_tiling"))
+    with open_configs(options) as checkpoint:
+        phases = {phase.name: phase for phase in trace_phases(resolve(options, checkpoint), checkpoint)}
+    assert list(phases) == ["preparing", "training", "validation", "testing"]
+    assert all(phase.peak == sum(phase.parts.values()) > 0 for phase in phases.values())
+    assert phases["validation"].parts["optimizer"] > 0 and phases["testing"].parts["optimizer"] == 0
+
+
+def test_sparing_options_spare(plan: Plans) -> None:
+    """Tiles, and the pipeline's parts in turn instead of all together."""
+    with open_configs(plan()) as checkpoint:
+        plain = resolve(plan("--height", "160", "--width", "240", "--height_buckets", "160"), checkpoint)
+        sparing = ("--use_tiling", "--enable_tiling", "--enable_model_cpu_offload", "--height_buckets", "160")
+        spare = resolve(plan("--height", "160", "--width", "240", *sparing), checkpoint)
+        with fake_world():
+            assert trace_encoding(spare, checkpoint).peak < trace_encoding(plain, checkpoint).peak
+        before, after = trace_phases(plain, checkpoint)[-1], trace_phases(spare, checkpoint)[-1]
+    assert after.peak < before.peak
+    assert after.parts["weights"] < 0.9 * before.parts["weights"] < after.host
+
+
+def test_the_text_encoder_is_counted_whole(plan: Plans) -> None:
+    from transformers import T5EncoderModel
+
+    with open_configs(plan()) as checkpoint:
+        real = T5EncoderModel.from_pretrained(checkpoint.folder, subfolder="text_encoder")
+        with fake_world():
+            phase = trace_text(resolve(plan(), checkpoint), checkpoint)
+    assert phase.parts["weights"] == sum(value.nbytes for value in real.parameters())
+
+
+def test_nothing_fake_is_left_behind(plan: Plans) -> None:
+    planned_step(plan(), torch.float32)
+    with open_configs(plan()) as checkpoint:
+        cosines, _ = Denoiser(checkpoint, torch.float32).rotary_embedding(5, 8, 12, CPU) or (None, None)
+    assert type(cosines) is torch.Tensor
+    linear = torch.nn.Linear(2, 2)
+    assert linear.weight.abs().sum() > 0
+    linear.to(torch.float64)
+    assert linear.weight.dtype == torch.float64
+
+
+def test_a_lora_is_the_adapter_and_trained_weights_are_weights(plan: Plans) -> None:
+    lora = planned_step(plan(), torch.float32)
+    with open_configs(plan()) as checkpoint:
+        transformer = build_model(plan(), checkpoint, torch.float32, CPU)
+    assert is_lora(transformer)
+    assert lora.parts["adapter"] == sum(value.nbytes for value in trainable_parameters(transformer).values())
+    assert planned_step(plan("--training_type", "sft"), torch.float32).parts["adapter"] == 0
