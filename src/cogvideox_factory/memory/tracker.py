@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,6 +19,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 PARTS = ("weights", "adapter", "gradients", "optimizer", "activations")
+
+
+@dataclass(eq=False)
+class Watch:
+    """Bytes at the start, and how many more there were at the highest moment since."""
+
+    start: int
+    highest: int = 0
 
 
 class MemoryTracker(TorchDispatchMode):
@@ -35,7 +44,18 @@ class MemoryTracker(TorchDispatchMode):
         self._part = "activations"
         # By the address of the storage, which is not used again before the storage, and with it the entry, is gone.
         self._storages: dict[int, tuple[weakref.ref[Any], str | None, int]] = {}
+        self._watches: list[Watch] = []
         self.start_phase()
+
+    @contextlib.contextmanager
+    def watch(self) -> Iterator[Watch]:
+        """How much what runs inside takes at its highest moment."""
+        watch = Watch(self.current)
+        self._watches.append(watch)
+        try:
+            yield watch
+        finally:
+            self._watches.remove(watch)
 
     def start_phase(self) -> None:
         """The peaks are from here on."""
@@ -70,7 +90,7 @@ class MemoryTracker(TorchDispatchMode):
                 self.parts[earlier or ""] -= num_bytes
                 self.parts[part] += num_bytes
                 self._storages[storage._cdata] = reference, part, num_bytes
-        self._note_peak(0)
+        self.note_peak(0)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = self.run(func, args, kwargs or {})
@@ -83,7 +103,7 @@ class MemoryTracker(TorchDispatchMode):
                     is_new = True
         workspace = self.workspace(func, args)
         if is_new or workspace:
-            self._note_peak(workspace)
+            self.note_peak(workspace)
         return result
 
     def run(self, func, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -115,7 +135,10 @@ class MemoryTracker(TorchDispatchMode):
         else:
             self.parts[part] -= num_bytes
 
-    def _note_peak(self, workspace: int) -> None:
+    def note_peak(self, workspace: int) -> None:
+        """Take this moment into account, at which an operation holds so many bytes besides all that is counted."""
+        for watch in self._watches:
+            watch.highest = max(watch.highest, self.current + workspace - watch.start)
         self.host_peak = max(self.host_peak, self.host)
         if self.current + workspace > self.peak:
             self.peak = self.current + workspace

@@ -49,8 +49,18 @@ def fake_world() -> Iterator[None]:
 class FakeTracker(MemoryTracker):
     """Counts what lives on the fake GPU and on the fake host."""
 
+    entered: FakeTracker | None = None
+
     def __init__(self) -> None:
         super().__init__(GPU)
+
+    def __enter__(self) -> FakeTracker:
+        FakeTracker.entered = self
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        FakeTracker.entered = None
+        super().__exit__(*error)
 
     def run(self, func, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """A number that the program asks a fake tensor for is 1: what depends on it is no size.
@@ -99,29 +109,24 @@ def as_on_cuda(optimizer: torch.optim.Optimizer) -> None:
             group["foreach"] = True
 
 
-def _replace(
-    module: torch.nn.Module,
-    change: Callable[[torch.Tensor], torch.Tensor],
-    recurse: bool = True,
-    changed: dict[torch.Tensor, torch.nn.Parameter] | None = None,
-) -> Any:
+def _replace(module: torch.nn.Module, change: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
     """`Module._apply`, by which modules move; torch's own cannot exchange the content of a fake parameter.
 
-    `changed` has those that are done: one that belongs to several modules stays one.
+    What moves is weights, whenever it does.
     """
-    changed = {} if changed is None else changed
-    for child in module.children() if recurse else ():
-        _replace(child, change, changed=changed)
-    for name, parameter in module._parameters.items():
-        if parameter is None:
-            continue
-        if parameter not in changed:
-            with torch.no_grad():
-                value = change(parameter)
-            same = value is parameter
-            changed[parameter] = parameter if same else torch.nn.Parameter(value, parameter.requires_grad)
-        module._parameters[name] = changed[parameter]
-    for name, buffer in module._buffers.items():
-        if buffer is not None:
-            module._buffers[name] = change(buffer)
+    tracker = FakeTracker.entered
+    with torch.no_grad(), tracker.part("weights") if tracker else contextlib.nullcontext():
+        changed: dict[torch.Tensor, torch.nn.Parameter] = {}  # one that belongs to several modules stays one
+        for owner in module.modules() if recurse else (module,):
+            for name, parameter in owner._parameters.items():
+                if parameter is None:
+                    continue
+                if parameter not in changed:
+                    value = change(parameter)
+                    is_same = value is parameter
+                    changed[parameter] = parameter if is_same else torch.nn.Parameter(value, parameter.requires_grad)
+                owner._parameters[name] = changed[parameter]
+            for name, buffer in owner._buffers.items():
+                if buffer is not None:
+                    owner._buffers[name] = change(buffer)
     return module

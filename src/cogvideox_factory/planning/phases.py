@@ -27,6 +27,7 @@ from cogvideox_factory.model.encoders import TextEncoder, VideoEncoder
 from cogvideox_factory.model.family import Checkpoint
 from cogvideox_factory.planning import low_bit
 from cogvideox_factory.planning.fakes import GPU, HOST, FakeTracker, as_on_cuda, build, fake_world
+from cogvideox_factory.planning.repeats import remember_calls
 from cogvideox_factory.sampling import pipeline_in_memory, place
 from cogvideox_factory.training.ema import averaged, build_average
 from cogvideox_factory.training.loop import build_model, optimizer_step
@@ -103,6 +104,7 @@ def trace_encoding(options: Plan, checkpoint: Checkpoint) -> Phase:
         encoder = VideoEncoder.of(vae, checkpoint, use_tiling=options.encoding.use_tiling)
         vae.to(GPU)
         tracker.add(_tensors(vae), "weights")
+        remember_calls(vae.encoder, tracker)
         tracker.start_phase()
         encoder.encode_tensor(torch.empty((*largest_bucket(options), 3), dtype=torch.uint8, device=GPU))
         return Phase.of("preparing", tracker)
@@ -120,6 +122,7 @@ def trace_training(options: Plan, checkpoint: Checkpoint) -> list[Phase]:
                 *(checkpoint, transformer, training.scheduler, options.sampling, dtype, GPU), load=load_vae
             )
             tracker.add(_tensors(pipeline.vae), "weights")
+            remember_calls(pipeline.vae.decoder, tracker)
             embeds = torch.empty(_embeds_shape(options, checkpoint), dtype=dtype, device=GPU)
             _make_video(pipeline, options, checkpoint, prompt_embeds=embeds, negative_prompt_embeds=embeds)
         return [training.phase, Phase.of("validation", tracker)]
@@ -184,8 +187,8 @@ def trace_testing(options: Plan, checkpoint: Checkpoint) -> Phase:
             transformer=transformer,
             scheduler=load_scheduler(checkpoint),
         )
-        with tracker.part("weights"):
-            place(pipeline, checkpoint, options.sampling, GPU)
+        place(pipeline, checkpoint, options.sampling, GPU)
+        remember_calls(pipeline.vae.decoder, tracker)
         tracker.start_phase()
         _make_video(pipeline, options, checkpoint, prompt="")
         return Phase.of("testing", tracker)
@@ -301,7 +304,10 @@ def load_vae(checkpoint: Checkpoint, dtype: torch.dtype):
     """The VAE of a checkpoint, without content."""
     from diffusers import AutoencoderKLCogVideoX
 
-    return build(lambda: AutoencoderKLCogVideoX.from_config(dict(checkpoint.vae)), dtype)
+    vae = build(lambda: AutoencoderKLCogVideoX.from_config(dict(checkpoint.vae)), dtype)
+    # Tiles are blended in place, a row or column of pixels at a time: thousands of operations, of a few KB each.
+    vae.blend_v = vae.blend_h = lambda first, second, extent: second
+    return vae
 
 
 def load_text_encoder(checkpoint: Checkpoint, dtype: torch.dtype):

@@ -1,0 +1,91 @@
+"""Traces a module once for inputs of one kind, and answers the next calls with outputs of the same sizes.
+
+A VAE that works tile by tile calls its decoder hundreds of times, with a handful of different sizes. What a call
+takes at its highest moment depends on these sizes alone, so that a remembered call counts as a traced one does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+from cogvideox_factory.memory.tracker import MemoryTracker
+
+
+@dataclass(frozen=True)
+class _Output:
+    """A tensor that a call returned, in a storage of its own or shared with an input or with another output."""
+
+    storage: int  # its number among those of the inputs and then of the outputs
+    num_bytes: int  # of the storage
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+    dtype: torch.dtype
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class _Call:
+    outputs: list[Any]  # _Output, or a value that is no tensor
+    spec: TreeSpec
+    highest: int  # bytes more than at the start, at the call's highest moment
+
+
+def remember_calls(module: torch.nn.Module, tracker: MemoryTracker) -> None:
+    """Trace only the first of the module's calls of each kind; without gradients, and where no call changes it."""
+    calls: dict[Any, _Call] = {}
+    trace = module.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        inputs, spec = tree_flatten((args, kwargs))
+        key = (str(spec), tuple(_kind(value) for value in inputs))
+        if key not in calls:
+            result, calls[key] = _record(lambda: trace(*args, **kwargs), inputs, tracker)
+            return result
+        return _replay(calls[key], inputs, tracker)
+
+    module.forward = forward
+
+
+def _kind(value: Any) -> Any:
+    return (tuple(value.shape), value.dtype, value.device) if isinstance(value, torch.Tensor) else value
+
+
+def _record(call: Callable[[], Any], inputs: list[Any], tracker: MemoryTracker) -> tuple[Any, _Call]:
+    with tracker.watch() as watched:
+        result = call()
+    places = {value.untyped_storage()._cdata: number for number, value in enumerate(inputs) if _is_tensor(value)}
+    outputs, spec = tree_flatten(result)
+    described = []
+    for value in outputs:
+        if _is_tensor(value):
+            storage = value.untyped_storage()
+            number = places.setdefault(storage._cdata, len(inputs) + len(places))
+            layout = tuple(value.shape), value.stride(), value.storage_offset()
+            value = _Output(number, storage.nbytes(), *layout, value.dtype, value.device)
+        described.append(value)
+    return result, _Call(described, spec, watched.highest)
+
+
+def _replay(call: _Call, inputs: list[Any], tracker: MemoryTracker) -> Any:
+    before = tracker.current
+    bases = {number: value for number, value in enumerate(inputs) if _is_tensor(value)}
+    outputs = []
+    for value in call.outputs:
+        if isinstance(value, _Output):
+            if value.storage not in bases:
+                count = value.num_bytes // value.dtype.itemsize
+                bases[value.storage] = torch.empty(count, dtype=value.dtype, device=value.device)
+            value = bases[value.storage].as_strided(value.size, value.stride, value.offset)
+        outputs.append(value)
+    tracker.note_peak(before + call.highest - tracker.current)
+    return tree_unflatten(outputs, call.spec)
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, torch.Tensor)
