@@ -17,6 +17,7 @@ A clip becomes latents once; a batch of latents becomes a loss. The map, in the 
     model/device.py     the device that works
     model/family.py     what a checkpoint is, read from its own config files
     model/encoders.py   text → embeddings, pixels → raw latents
+    model/published.py  the configs of the five published models
     model/denoiser.py   one forward pass for the whole family
     model/full.py       full fine-tuning: which weights are trained
     model/pipeline_folder.py   a fine-tuned model as a whole pipeline on disk
@@ -33,6 +34,8 @@ A clip becomes latents once; a batch of latents becomes a loss. The map, in the 
     sampling.py         videos from a pipeline in memory
     training/           objective, held-out loss, optimizers, checkpoint, metrics, and the loop that one reads
                         top-down
+    memory/tracker.py   counts the bytes that live, by what they are for
+    planning/           each phase of a run traced on fake tensors: its peak memory
     report.py           run folder → report.html
     run_folder.py       where a run keeps its checkpoints and videos
     progress.py         progress bars

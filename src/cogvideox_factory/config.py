@@ -610,7 +610,7 @@ class Plan(Train):
     json: bool = False
     """Print one JSON object on standard output, for programs."""
 
-    required = ("pretrained_model_name_or_path",)
+    required = ("pretrained_model_name_or_path",)  # type: ignore[assignment]
     example = (
         "cogvideox-factory plan --pretrained_model_name_or_path THUDM/CogVideoX-5b --gradient_checkpointing "
         "--use_tiling --enable_tiling --gpu_memory 24"

@@ -44,5 +44,7 @@ def class_of(kind: Kind) -> Callable[..., torch.optim.Optimizer]:
         return functools.partial(LowBitStates, bits=8, block=256, whole_blocks=False)
     if kind.package == "torchao":
         is_4bit = "4bit" in kind.class_name
-        return functools.partial(LowBitStates, bits=4 if is_4bit else 8, block=128 if is_4bit else 256, whole_blocks=True)
+        return functools.partial(
+            LowBitStates, bits=4 if is_4bit else 8, block=128 if is_4bit else 256, whole_blocks=True
+        )
     return optimizer_class_of(kind)

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from cogvideox_factory.config import Plan, SamplingOptions
+from cogvideox_factory.config import Plan, SamplingOptions, Train
 from cogvideox_factory.data.buckets import Bucket
 from cogvideox_factory.data.loader import Batch, StepBatches
 from cogvideox_factory.data.sampler import Position
@@ -68,7 +68,7 @@ def trace_phases(options: Plan, checkpoint: Checkpoint) -> list[Phase]:
     return phases
 
 
-def largest_bucket(options: Plan) -> Bucket:
+def largest_bucket(options: Train) -> Bucket:
     """The one whose clips have the most pixels."""
     data = options.data
     return Bucket(max(data.frame_buckets), max(data.height_buckets), max(data.width_buckets))
