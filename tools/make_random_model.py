@@ -36,7 +36,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.manual_seed(arguments.seed)
     configs = read_configs(MEMBERS[arguments.member])
-    dtype = getattr(torch, configs["transformer"].pop("dtype"))
+    dtype = getattr(torch, configs["text_encoder"]["dtype"])
     transformer = _random(CogVideoXTransformer3DModel, configs["transformer"], dtype)
     vae = _random(AutoencoderKLCogVideoX, configs["vae"], dtype)
     tokenizer = build_tokenizer()

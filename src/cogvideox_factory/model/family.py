@@ -129,8 +129,10 @@ class Checkpoint:
     def weights_dtype(self) -> torch.dtype:
         """Type of the transformer's weights as stored."""
         file = next((path for path in self._files("transformer") if path.suffix == ".safetensors"), None)
-        if file is None:  # configs alone, which say it where they are kept with the program
-            return getattr(torch, self.transformer.get("dtype", "float32"))
+        if file is None:  # configs alone; diffusers writes no type into its own, transformers does
+            path = self.folder / "text_encoder" / "config.json"
+            config = _read_json(path, self.name) if path.is_file() else {}
+            return getattr(torch, config.get("dtype") or config.get("torch_dtype") or "float32")
         with safe_open(file, "pt") as tensors:
             name = next(iter(tensors.keys()))
             return tensors.get_tensor(name).dtype

@@ -296,8 +296,7 @@ def load_transformer(checkpoint: Checkpoint, dtype: torch.dtype):
     """The transformer of a checkpoint, without content."""
     from diffusers import CogVideoXTransformer3DModel
 
-    config = {name: value for name, value in checkpoint.transformer.items() if name != "dtype"}
-    return build(lambda: CogVideoXTransformer3DModel.from_config(config), dtype)
+    return build(lambda: CogVideoXTransformer3DModel.from_config(dict(checkpoint.transformer)), dtype)
 
 
 def load_vae(checkpoint: Checkpoint, dtype: torch.dtype):
