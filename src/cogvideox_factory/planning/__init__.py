@@ -14,7 +14,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from cogvideox_factory.config import Plan, UserError, nearest, plain_values
+from cogvideox_factory.memory.strategies import check_memory
 from cogvideox_factory.memory.tracker import PARTS
 from cogvideox_factory.model import published
 from cogvideox_factory.model.adapters import describe_method
@@ -73,6 +76,7 @@ def resolve(options: Plan, checkpoint: Checkpoint) -> Plan:
         training=replace(options.training, load_tensors=False),  # a prepared set may not be there yet
     )
     resolved = resolve_options(given, checkpoint)
+    check_memory(resolved, num_processes=1, has_scaler=training_dtype(resolved, checkpoint) == torch.float16)
     sampling = resolve_sampling(
         options.sampling, largest_bucket(resolved), checkpoint.size_divisor, checkpoint.temporal_factor
     )

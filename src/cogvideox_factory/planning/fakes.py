@@ -39,7 +39,11 @@ def fake_world() -> Iterator[None]:
     forget_positions()
     gc.freeze()  # what is there already, modules above all, need not be looked through each time
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True), mock.patch.object(torch.nn.Module, "_apply", _replace):
+        with (
+            FakeTensorMode(allow_non_fake_inputs=True),
+            mock.patch.object(torch.nn.Module, "_apply", _replace),
+            mock.patch.object(FakeTensor, "data", property(_content, _set_content), create=True),
+        ):
             yield
     finally:
         gc.unfreeze()
@@ -107,6 +111,17 @@ def as_on_cuda(optimizer: torch.optim.Optimizer) -> None:
     for group in optimizer.param_groups:
         if "foreach" in group and not group.get("fused"):
             group["foreach"] = True
+
+
+def _content(tensor: FakeTensor) -> torch.Tensor:
+    return torch.Tensor.data.__get__(tensor)  # type: ignore[attr-defined]
+
+
+def _set_content(tensor: FakeTensor, value: torch.Tensor) -> None:
+    """`tensor.data = value` moves a tensor to where the value is, which torch leaves out for fakes."""
+    torch.Tensor.data.__set__(tensor, value)  # type: ignore[attr-defined]
+    if isinstance(value, FakeTensor):
+        tensor.fake_device = value.fake_device
 
 
 def _replace(module: torch.nn.Module, change: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:

@@ -74,7 +74,7 @@ def largest_bucket(options: Train) -> Bucket:
     return Bucket(max(data.frame_buckets), max(data.height_buckets), max(data.width_buckets))
 
 
-def training_dtype(options: Plan, checkpoint: Checkpoint) -> torch.dtype:
+def training_dtype(options: Train, checkpoint: Checkpoint) -> torch.dtype:
     """The transformer's type on a GPU."""
     return checkpoint.dtype_for(options.training.mixed_precision, torch.device("cuda"))
 
@@ -114,7 +114,8 @@ def trace_training(options: Plan, checkpoint: Checkpoint) -> list[Phase]:
     """The training step, and the videos that are made beside what the training holds."""
     dtype = training_dtype(options, checkpoint)
     with _phase() as tracker:
-        transformer = build_model(options, checkpoint, dtype, GPU, load=load_transformer)
+        with tracker.part("weights"):
+            transformer = build_model(options, checkpoint, dtype, GPU, load=load_transformer)
         training = trace_steps(options, checkpoint, transformer, dtype, tracker)
         tracker.start_phase()
         with averaged(training.average):
@@ -150,7 +151,13 @@ def trace_steps(
         parameter.register_post_accumulate_grad_hook(lambda parameter: _tell_gradient(parameter, tracker))
     with tracker.part("optimizer"):
         average = build_average(trained, options.method.ema_decay)
-        optimizer = build_optimizer(trained.values(), options.optimizer, 1, low_bit.class_of)
+        optimizer = build_optimizer(
+            trained.values(),
+            options.optimizer,
+            1,
+            in_backward=options.memory.optimizer_in_backward,
+            class_of=low_bit.class_of,
+        )
     as_on_cuda(optimizer)
     stepping = _Stepping(optimizer, tracker)
     scheduler = load_scheduler(checkpoint)
