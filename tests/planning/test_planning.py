@@ -59,23 +59,23 @@ def test_what_training_refuses_is_refused(cli: Cli, tiny_model: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "traced_gib"),
-    # diffusers keeps the sines of 2b in fp64, which the independent trace did not: 17776 tokens × 1920 × 8 bytes
-    [("zai-org/CogVideoX-5b", 17.66), ("THUDM/CogVideoX-2b", 6.88 + 0.254)],
+    ("name", "flags", "traced_gib"),
+    [
+        ("zai-org/CogVideoX-5b", (), 17.66),
+        ("THUDM/CogVideoX-2b", (), 6.88),
+        ("THUDM/CogVideoX-5b", ("--offload_activations", "--feed_forward_chunks", "8"), 13.01),
+    ],
 )
-def test_the_published_sizes_take_what_is_known(name: str, traced_gib: float) -> None:
-    """Against traces made independently: a bf16 forward, LoRA of rank 64, every block checkpointed, batch 1.
-
-    peft calculates a LoRA in the LoRA's own fp32, which takes a few percent more than the bf16 of those traces.
-    """
+def test_the_published_sizes_take_what_is_known(name: str, flags: tuple[str, ...], traced_gib: float) -> None:
+    """Against traces made independently: a bf16 forward, LoRA of rank 64, every block checkpointed, batch 1."""
     from cogvideox_factory.command_line import parse_command
     from cogvideox_factory.config import Plan
 
-    options = parse_command(Plan, "plan", ("--model_id", name, "--gradient_checkpointing"))
+    options = parse_command(Plan, "plan", ("--model_id", name, "--gradient_checkpointing", *flags))
     with planning.open_configs(options) as checkpoint:
         options = planning.resolve(options, checkpoint)
         dtype = checkpoint.weights_dtype
         with fake_world(), FakeTracker() as tracker:
             transformer = build_model(options, checkpoint, dtype, GPU, load=load_transformer)
             peak = trace_steps(options, checkpoint, transformer, dtype, tracker).phase.peak / 2**30
-    assert traced_gib <= peak * 1.01 and peak <= traced_gib * 1.045
+    assert traced_gib * 0.99 <= peak <= traced_gib * 1.03
