@@ -122,6 +122,7 @@ def test_help_answers_in_a_fresh_process() -> None:
     assert done.returncode == 0 and "usage: cogvideox-factory" in done.stdout
 
 
+@pytest.mark.slow
 def test_prepare_train_sample_and_report_run_as_processes(tiny_model: Path, few_clips: Path, tmp_path: Path) -> None:
     prepared, trained = tmp_path / "prepared", tmp_path / "run"
     model = ("--pretrained_model_name_or_path", tiny_model)

@@ -49,6 +49,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, clips: Pat
     return folder
 
 
+@pytest.mark.slow
 def test_a_set_after_kills_at_random_moments_equals_one_made_in_one_go(
     tmp_path: Path, tiny_model: Path, clips: Path, whole: Path
 ) -> None:
@@ -77,6 +78,7 @@ def test_a_set_after_kills_at_random_moments_equals_one_made_in_one_go(
     assert content(output) == content(whole)
 
 
+@pytest.mark.slow
 def test_two_processes_on_one_folder_leave_a_whole_set(
     tmp_path: Path, tiny_model: Path, clips: Path, whole: Path
 ) -> None:

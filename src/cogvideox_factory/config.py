@@ -378,7 +378,7 @@ class OptimizerOptions:
     trainable_dtype: Literal["fp32", "bf16"] = "fp32"
     """How trained weights are kept. fp32: exactly; where the model computes in bf16, beside its copy. bf16: in that
     type alone, rounded up or down by chance after each step, so that small updates count on average: least memory."""
-    learning_rate: Annotated[float, MoreThan(0), Within(0, 1000)] = 1e-4
+    learning_rate: Annotated[float, MoreThan(0), Within(0, 1e30)] = 1e-4
     """Learning rate after the warm-up."""
     scale_lr: bool = False
     """Multiply the learning rate by batch size × accumulation steps × number of processes."""

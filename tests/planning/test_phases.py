@@ -165,6 +165,7 @@ def test_all_phases_of_every_member(name: str, member: Callable[[str], Path]) ->
     assert phases["validation"].parts["optimizer"] > 0 and phases["testing"].parts["optimizer"] == 0
 
 
+@pytest.mark.slow
 def test_sparing_options_spare(plan: Plans) -> None:
     """Tiles, and the pipeline's parts in turn instead of all together."""
     with open_configs(plan()) as checkpoint:

@@ -444,6 +444,7 @@ def test_a_second_folder_that_is_not_there_is_named_before_a_folder_is_made(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_two_processes_find_what_one_finds(train: Train, tmp_path: Path) -> None:
     """Of the untrained model, which is the same on one and on two; three clips, so that one process has none to do."""
     flags = ("--max_train_steps", "1", "--validation_fraction", "0.4", "--validation_loss_steps", "5")

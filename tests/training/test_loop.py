@@ -476,6 +476,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, str]]:
     return seen
 
 
+@pytest.mark.slow
 def test_every_clip_once_an_epoch_though_the_batch_changes_in_it_twice(
     train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, entries: list[Entry], drawn: list[tuple[int, str]]
 ) -> None:
@@ -633,6 +634,7 @@ def train_on_two_processes(*flags: str | Path) -> None:
     assert done.returncode == 0, done.stderr[-4000:]
 
 
+@pytest.mark.slow
 def test_going_on_with_two_processes_gives_the_weights_of_one(
     train, tmp_path: Path, prepared: PreparedSet, entries: list[Entry]
 ) -> None:
