@@ -2,8 +2,9 @@
 
 The videos are cut apart, not their excerpts: neighbouring excerpts, other views and copies of one video are so alike
 that holding one of them out would measure memory. A video is placed in [0, 1) by the hash of what was encoded of it,
-and held out where that is below the fraction. Its place depends on nothing else: not on the order, the seed, the name
-of its file, or the other videos, so that it stays on its side when clips are added.
+and held out where that is below the fraction. It does not depend on the order, the seed, the name of its file, or the
+other videos, so that it stays on its side when clips are added; encoded at another size or rate, or by another VAE, a
+video has another place.
 
 Rejected: the first videos in the order of their hashes, which meets the fraction exactly; an added video then moves
 another one from one side to the other.
