@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from cogvideox_factory import planning
-from cogvideox_factory.memory.tracker import PARTS
+from cogvideox_factory.memory.tracker import PARTS, Moment
 from cogvideox_factory.planning.phases import GPU, FakeTracker, fake_world, load_transformer, trace_steps
 from cogvideox_factory.training.loop import build_model
 
@@ -38,7 +38,7 @@ def test_the_plan_for_programs_and_for_people(
     assert not list(tmp_path.iterdir())
 
     monkeypatch.setattr(
-        planning, "trace_phases", lambda *_: [planning.Phase("testing", dict.fromkeys(PARTS, 2**30), 0)]
+        planning, "trace_phases", lambda *_: [planning.Phase("testing", {"": Moment(dict.fromkeys(PARTS, 2**30), 0)})]
     )
     code, out, _ = cli(*flags[:-1], "6.1")
     assert code == 0

@@ -21,6 +21,18 @@ from torch.utils._pytree import tree_leaves
 PARTS = ("weights", "adapter", "gradients", "optimizer", "activations")
 
 
+@dataclass
+class Moment:
+    """Bytes at the moment of a stage at which most lived on the device; `host` has a moment of its own."""
+
+    parts: dict[str, int]
+    host: int
+
+    @property
+    def peak(self) -> int:
+        return sum(self.parts.values())
+
+
 @dataclass(eq=False)
 class Watch:
     """Bytes at the start, and how many more there were at the highest moment since."""
@@ -59,9 +71,36 @@ class MemoryTracker(TorchDispatchMode):
 
     def start_phase(self) -> None:
         """The peaks are from here on."""
-        self.peak_parts: Mapping[str, int] = dict(self.parts)
-        self.peak = self.current
-        self.host_peak = self.host
+        self.stages: dict[tuple[Any, int], Moment] = {}
+        self._stage_name: Any = None
+        self.start_stage("start")
+
+    def start_stage(self, name: Any) -> None:
+        """A part of the phase begins, whose peak is kept apart under (name, how often the name came before).
+
+        Nothing begins where the stage that runs has this name.
+        """
+        if name == self._stage_name:
+            return
+        self._stage_name = name
+        count = sum(1 for known, _ in self.stages if known == name)
+        self._stage = Moment(dict(self.parts), self.host)
+        self.stages[name, count] = self._stage
+
+    @property
+    def peak(self) -> int:
+        """Bytes on the device at the phase's highest moment."""
+        return max(stage.peak for stage in self.stages.values())
+
+    @property
+    def peak_parts(self) -> Mapping[str, int]:
+        """And by what they are for."""
+        return max(self.stages.values(), key=lambda stage: stage.peak).parts
+
+    @property
+    def host_peak(self) -> int:
+        """Most bytes in other places, at any moment of the phase."""
+        return max(stage.host for stage in self.stages.values())
 
     @property
     def current(self) -> int:
@@ -139,7 +178,7 @@ class MemoryTracker(TorchDispatchMode):
         """Take this moment into account, at which an operation holds so many bytes besides all that is counted."""
         for watch in self._watches:
             watch.highest = max(watch.highest, self.current + workspace - watch.start)
-        self.host_peak = max(self.host_peak, self.host)
-        if self.current + workspace > self.peak:
-            self.peak = self.current + workspace
-            self.peak_parts = {**self.parts, "activations": self.parts["activations"] + workspace}
+        stage = self._stage
+        stage.host = max(stage.host, self.host)
+        if self.current + workspace > stage.peak:
+            stage.parts = {**self.parts, "activations": self.parts["activations"] + workspace}

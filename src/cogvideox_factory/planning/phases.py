@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -20,52 +20,74 @@ from cogvideox_factory.config import Plan, SamplingOptions, Train
 from cogvideox_factory.data.buckets import Bucket
 from cogvideox_factory.data.loader import Batch, StepBatches
 from cogvideox_factory.data.sampler import Position
-from cogvideox_factory.memory.tracker import MemoryTracker
+from cogvideox_factory.memory.tracker import MemoryTracker, Moment
 from cogvideox_factory.model.adapters import attach, is_lora, trainable_parameters
 from cogvideox_factory.model.denoiser import Denoiser, load_scheduler
 from cogvideox_factory.model.encoders import TextEncoder, VideoEncoder
 from cogvideox_factory.model.family import Checkpoint
 from cogvideox_factory.planning import low_bit
+from cogvideox_factory.planning.depth import Stages, at_full_depth, mark_stages
 from cogvideox_factory.planning.fakes import GPU, HOST, FakeTracker, as_on_cuda, build, fake_world
-from cogvideox_factory.planning.repeats import remember_calls
+from cogvideox_factory.planning.repeats import Calls, remember_calls
 from cogvideox_factory.sampling import pipeline_in_memory, place
 from cogvideox_factory.training.ema import averaged, build_average
 from cogvideox_factory.training.loop import build_model, optimizer_step
 from cogvideox_factory.training.optimizers import build_optimizer
 
+HELD = "held before the first step", 0  # a stage of the training
+
 
 @dataclass(frozen=True)
 class Phase:
-    """The moment of a phase at which most lives on the GPU."""
+    """What a phase holds at the highest moment of each of its stages."""
 
     name: str
-    parts: Mapping[str, int]  # bytes by what they are for
-    host: int  # most bytes of tensors on the host, at any moment
+    stages: Stages
+
+    @property
+    def parts(self) -> Mapping[str, int]:
+        """Bytes on the GPU by what they are for, at the highest moment of all."""
+        return max(self.stages.values(), key=lambda stage: stage.peak).parts
 
     @property
     def peak(self) -> int:
         """Bytes on the GPU."""
         return sum(self.parts.values())
 
-    @classmethod
-    def of(cls, name: str, tracker: MemoryTracker) -> Phase:
-        return cls(name, dict(tracker.peak_parts), tracker.host_peak)
+    @property
+    def host(self) -> int:
+        """Most bytes of tensors on the host, at any moment."""
+        return max(stage.host for stage in self.stages.values())
 
     @classmethod
-    def highest(cls, name: str, phases: list[Phase]) -> Phase:
-        """Of phases that come one after the other."""
-        return cls(name, max(phases, key=lambda phase: phase.peak).parts, max(phase.host for phase in phases))
+    def of(cls, name: str, tracker: MemoryTracker) -> Phase:
+        return cls(name, tracker.stages)
 
 
 def trace_phases(options: Plan, checkpoint: Checkpoint) -> list[Phase]:
     """Preparing, training, validation and testing with resolved options, as on a GPU."""
+    decodings: Calls = {}
     with fake_world():
-        phases = [
-            Phase.highest("preparing", [trace_text(options, checkpoint), trace_encoding(options, checkpoint)]),
-            *trace_training(options, checkpoint),
-            trace_testing(options, checkpoint),
-        ]
-    return phases
+        preparing = trace_text(options, checkpoint), trace_encoding(options, checkpoint)
+        training, validation = at_full_depth(
+            checkpoint, options, lambda shallow: _stages(trace_training(options, shallow, decodings))
+        )
+        (testing,) = at_full_depth(
+            checkpoint, options, lambda shallow: _stages([trace_testing(options, shallow, decodings)])
+        )
+    return [
+        Phase(
+            "preparing",
+            {(number, key): stage for number, stages in enumerate(_stages(preparing)) for key, stage in stages.items()},
+        ),
+        Phase("training", training),
+        Phase("validation", validation),
+        Phase("testing", testing),
+    ]
+
+
+def _stages(phases: Iterable[Phase]) -> list[Stages]:
+    return [phase.stages for phase in phases]
 
 
 def largest_bucket(options: Train) -> Bucket:
@@ -110,8 +132,11 @@ def trace_encoding(options: Plan, checkpoint: Checkpoint) -> Phase:
         return Phase.of("preparing", tracker)
 
 
-def trace_training(options: Plan, checkpoint: Checkpoint) -> list[Phase]:
-    """The training step, and the videos that are made beside what the training holds."""
+def trace_training(options: Plan, checkpoint: Checkpoint, decodings: Calls | None = None) -> list[Phase]:
+    """The training step, and the videos that are made beside what the training holds.
+
+    `decodings` are remembered calls of the VAE's decoder.
+    """
     dtype = training_dtype(options, checkpoint)
     with _phase() as tracker:
         with tracker.part("weights"):
@@ -123,9 +148,9 @@ def trace_training(options: Plan, checkpoint: Checkpoint) -> list[Phase]:
                 *(checkpoint, transformer, training.scheduler, options.sampling, dtype, GPU), load=load_vae
             )
             tracker.add(_tensors(pipeline.vae), "weights")
-            remember_calls(pipeline.vae.decoder, tracker)
+            remember_calls(pipeline.vae.decoder, tracker, decodings)
             embeds = torch.empty(_embeds_shape(options, checkpoint), dtype=dtype, device=GPU)
-            _make_video(pipeline, options, checkpoint, prompt_embeds=embeds, negative_prompt_embeds=embeds)
+            _make_video(pipeline, options, checkpoint, tracker, prompt_embeds=embeds, negative_prompt_embeds=embeds)
         return [training.phase, Phase.of("validation", tracker)]
 
 
@@ -162,6 +187,8 @@ def trace_steps(
     stepping = _Stepping(optimizer, tracker)
     scheduler = load_scheduler(checkpoint)
     transformer.train()
+    held = Moment(dict(tracker.parts), tracker.host_peak)  # the host's as the model was loaded
+    mark_stages(transformer, tracker)
 
     # States come with the first step. This one has gradients and no batch, which would only cost time.
     sum(parameter.sum() for parameter in trained.values()).backward()  # type: ignore[union-attr]
@@ -175,11 +202,15 @@ def trace_steps(
         *(OneProcess(device), transformer, stepping, Denoiser(checkpoint, dtype), scheduler),
         *(list(trained.values()), options),
     )
+    tracker.stages[HELD] = held
     return Training(Phase.of("training", tracker), scheduler, average, optimizer)
 
 
-def trace_testing(options: Plan, checkpoint: Checkpoint) -> Phase:
-    """A video by the whole stock pipeline, as it is loaded from what the training saved."""
+def trace_testing(options: Plan, checkpoint: Checkpoint, decodings: Calls | None = None) -> Phase:
+    """A video by the whole stock pipeline, as it is loaded from what the training saved.
+
+    `decodings` are remembered calls of the VAE's decoder.
+    """
     with _phase() as tracker:
         dtype = training_dtype(options, checkpoint)
         transformer = load_transformer(checkpoint, dtype)
@@ -195,16 +226,18 @@ def trace_testing(options: Plan, checkpoint: Checkpoint) -> Phase:
             scheduler=load_scheduler(checkpoint),
         )
         place(pipeline, checkpoint, options.sampling, GPU)
-        remember_calls(pipeline.vae.decoder, tracker)
+        remember_calls(pipeline.vae.decoder, tracker, decodings)
         tracker.start_phase()
-        _make_video(pipeline, options, checkpoint, prompt="")
+        mark_stages(pipeline.transformer, tracker)
+        _make_video(pipeline, options, checkpoint, tracker, prompt="")
         return Phase.of("testing", tracker)
 
 
-def _make_video(pipeline, options: Plan, checkpoint: Checkpoint, **prompt: Any) -> None:
+def _make_video(pipeline, options: Plan, checkpoint: Checkpoint, tracker: MemoryTracker, **prompt: Any) -> None:
     """As `sampling.generate`, to the point where the video leaves the GPU."""
     sampling: SamplingOptions = options.sampling
     assert sampling.height is not None and sampling.width is not None
+    pipeline.vae.decoder.register_forward_pre_hook(lambda module, args: tracker.start_stage("decoding"))
     if checkpoint.is_image_to_video:
         prompt["image"] = torch.empty((1, 3, sampling.height, sampling.width), device=HOST)
     pipeline.set_progress_bar_config(disable=True)
@@ -285,6 +318,7 @@ class _Stepping:
         self.tracker = tracker
 
     def step(self) -> None:
+        self.tracker.start_stage("update")
         with self.tracker.part("optimizer"):
             self.optimizer.step()
 

@@ -37,9 +37,15 @@ class _Call:
     highest: int  # bytes more than at the start, at the call's highest moment
 
 
-def remember_calls(module: torch.nn.Module, tracker: MemoryTracker) -> None:
-    """Trace only the first of the module's calls of each kind; without gradients, and where no call changes it."""
-    calls: dict[Any, _Call] = {}
+Calls = dict[Any, _Call]
+
+
+def remember_calls(module: torch.nn.Module, tracker: MemoryTracker, calls: Calls | None = None) -> None:
+    """Trace only the first of the module's calls of each kind; without gradients, and where no call changes it.
+
+    `calls` are those known already, of another module that is made alike; new ones are added.
+    """
+    calls = {} if calls is None else calls
     trace = module.forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:
