@@ -334,6 +334,19 @@ class MemoryOptions:
 
 
 @option_group
+class BudgetOptions:
+    """How much memory there is, and who chooses how to stay within it."""
+
+    fit: bool = False
+    """Choose what needs less memory, as little of it as gets all phases into --gpu_memory and --host_memory: the
+    fastest such settings, exact ones before approximations. What is given otherwise stays as it is given."""
+    gpu_memory: Annotated[float | None, tyro.conf.arg(metavar="GIB"), MoreThan(0)] = None
+    """Memory of the GPU, in GiB, which all phases must fit into. Default of train: that of its GPU."""
+    host_memory: Annotated[float | None, tyro.conf.arg(metavar="GIB"), MoreThan(0)] = None
+    """Memory of the machine, in GiB, which must suffice for what waits there. Default of train: that of its machine."""
+
+
+@option_group
 class ObjectiveOptions:
     """Which noise levels the training sees, and what they weigh."""
 
@@ -577,6 +590,7 @@ class Train:
     lora: LoraOptions = field(default_factory=LoraOptions)
     training: TrainingOptions = field(default_factory=TrainingOptions)
     memory: MemoryOptions = field(default_factory=MemoryOptions)
+    budget: BudgetOptions = field(default_factory=BudgetOptions)
     objective: ObjectiveOptions = field(default_factory=ObjectiveOptions)
     optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
     validation: ValidationOptions = field(default_factory=ValidationOptions)
@@ -605,16 +619,11 @@ class Plan(Train):
     published models the name is enough; nothing is downloaded.
     """
 
-    gpu_memory: Annotated[float | None, tyro.conf.arg(metavar="GIB"), MoreThan(0)] = None
-    """Memory of the GPU, in GiB: say whether all phases fit into it."""
     json: bool = False
     """Print one JSON object on standard output, for programs."""
 
     required = ("pretrained_model_name_or_path",)  # type: ignore[assignment]
-    example = (
-        "cogvideox-factory plan --pretrained_model_name_or_path THUDM/CogVideoX-5b --gradient_checkpointing "
-        "--use_tiling --enable_tiling --gpu_memory 24"
-    )
+    example = "cogvideox-factory plan --pretrained_model_name_or_path THUDM/CogVideoX-5b --fit --gpu_memory 24 --host_memory 64"
 
 
 @option_group
@@ -665,6 +674,7 @@ class Report:
     example = "cogvideox-factory report --run runs/steamboat"
 
 
+Options = TypeVar("Options")
 Command = Demo | Inspect | Prepare | Plan | Train | Sample | Report
 COMMANDS: dict[str, type[Command]] = {
     "demo": Demo,
@@ -694,6 +704,27 @@ NEEDLESS: dict[type, dict[str, str]] = {
 def option_values(options: Any) -> dict[str, Any]:
     """All options of a command as one flat mapping, in the order of their declaration."""
     return {name: getattr(owner, name) for owner, name, _ in walk_options(options)}
+
+
+def with_values(options: Options, values: Mapping[str, Any]) -> Options:
+    """Options of a command with other values, by the names of the options. Raises KeyError for a name it has not."""
+    left = dict(values)
+    changed = _with_values(options, left)
+    if left:
+        raise KeyError(*left)
+    return changed
+
+
+def _with_values(options: Any, left: dict[str, Any]) -> Any:
+    """With those of the values whose names the options have, which are taken out of `left`."""
+    changes: dict[str, Any] = {}
+    for item in dataclasses.fields(options):
+        value = getattr(options, item.name)
+        if dataclasses.is_dataclass(value):
+            changes[item.name] = _with_values(value, left)
+        elif item.name in left:
+            changes[item.name] = left.pop(item.name)
+    return dataclasses.replace(options, **changes)
 
 
 def plain_values(options: Any) -> dict[str, Any]:

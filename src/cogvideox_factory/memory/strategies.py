@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,19 @@ from cogvideox_factory.model.adapters import is_lora
 
 
 @dataclass(frozen=True)
+class Lever:
+    """Values of options that a search may choose, and what they are expected to cost.
+
+    `slowdown` is how much longer a step takes, from figures that others published for models of this size; it orders
+    what is tried, and promises nothing.
+    """
+
+    values: Mapping[str, Any]
+    slowdown: float
+    is_exact: bool = True  # up to rounding
+
+
+@dataclass(frozen=True)
 class Strategy:
     """One way to spend less memory."""
 
@@ -26,6 +39,7 @@ class Strategy:
     apply: Callable[[Any, MemoryOptions, torch.device], None]  # to a transformer with what it trains attached
     saves: str
     costs: str
+    levers: tuple[Lever, ...] = ()  # from the gentlest to the strongest; one of them or none is chosen
     needs_checkpointing: bool = False
     needs_lora: bool = False
     needs_one_process: bool = False
@@ -54,6 +68,7 @@ STRATEGIES: tuple[Strategy, ...] = (
         apply=lambda transformer, options, device: chunk_feed_forward(transformer, options.feed_forward_chunks),
         saves="all but one chunk of the hidden activations of a feed-forward, at the peak of a step",
         costs="each feed-forward is computed once more; results differ by rounding",
+        levers=(Lever({"feed_forward_chunks": 8}, 1.08),),
     ),
     Strategy(
         name="block checkpointing",
@@ -62,6 +77,7 @@ STRATEGIES: tuple[Strategy, ...] = (
         apply=_checkpoint_blocks,
         saves="the activations of all blocks but one, save the inputs of each",
         costs="each block is computed once more in the backward pass",
+        levers=(Lever({"gradient_checkpointing": True}, 1.33),),
     ),
     Strategy(
         name="block inputs on the host",
@@ -70,6 +86,7 @@ STRATEGIES: tuple[Strategy, ...] = (
         apply=lambda transformer, options, device: None,  # it is how blocks are checkpointed
         saves="the inputs of all blocks but a few",
         costs="as much host memory, and copies that run beside the computation",
+        levers=(Lever({"offload_activations": True}, 1.05),),
         needs_checkpointing=True,
     ),
     Strategy(
@@ -79,6 +96,7 @@ STRATEGIES: tuple[Strategy, ...] = (
         apply=lambda transformer, options, device: _swap(transformer, options, device),
         saves="the frozen weights of all blocks but a few",
         costs="as much host memory, and copies of them in every pass, which run beside the computation",
+        levers=(Lever({"resident_blocks": 2}, 1.1),),
         needs_checkpointing=True,
         needs_lora=True,
         needs_one_process=True,
@@ -90,6 +108,7 @@ STRATEGIES: tuple[Strategy, ...] = (
         apply=lambda transformer, options, device: None,  # it is how the optimizer is built
         saves="the gradients of all weights but one",
         costs="no clipping to a common norm, no accumulated batches",
+        levers=(Lever({"optimizer_in_backward": True}, 1.9),),  # with clipping, which takes a second pass
         needs_one_process=True,
         steps_in_backward=True,
     ),

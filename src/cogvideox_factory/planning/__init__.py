@@ -98,7 +98,7 @@ def as_json(options: Plan, phases: list[Phase]) -> dict[str, Any]:
         for phase in phases
     ]
     peak = max(phase.peak for phase in phases) / GIB
-    budget = options.gpu_memory
+    budget = options.budget.gpu_memory
     return {
         "settings": plain_values(options),
         "phases": rows,
@@ -129,8 +129,8 @@ def as_text(options: Plan, checkpoint: Checkpoint, phases: list[Phase]) -> str:
         f"planned peak {highest.peak / GIB:.2f} GiB, in {highest.name}; with {CONTEXT_GIB} GiB allowed for the CUDA "
         f"context {need:.2f} GiB",
     ]
-    if options.gpu_memory is not None:
-        left = options.gpu_memory - need
+    if options.budget.gpu_memory is not None:
+        left = options.budget.gpu_memory - need
         verdict = f"fits, with {left:.2f} GiB to spare" if left >= 0 else f"does not fit, by {-left:.2f} GiB"
-        lines.append(f"--gpu_memory {options.gpu_memory:g}: {verdict}")
+        lines.append(f"--gpu_memory {options.budget.gpu_memory:g}: {verdict}")
     return "\n".join(lines)
