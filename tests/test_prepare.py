@@ -25,6 +25,8 @@ from cogvideox_factory.config import DataOptions, EncodingOptions, ModelOptions,
 from cogvideox_factory.data.store import Entry, PreparedSet
 from cogvideox_factory.data.video import write_video
 from cogvideox_factory.demo.tiny_model import build_tiny_pipeline
+from cogvideox_factory.memory import text_encoder
+from cogvideox_factory.memory.block_swap import swap_blocks
 from cogvideox_factory.model.encoders import TextEncoder, VideoEncoder, to_unit_range
 from cogvideox_factory.model.family import Checkpoint, open_checkpoint
 from cogvideox_factory.prepare import check_prepared, prepare
@@ -217,6 +219,22 @@ def test_prompt_embeddings_equal_those_of_the_stock_pipeline_bit_for_bit(
             expected = stock.encode_prompt(prompt, do_classifier_free_guidance=False)[0][0]
         stored = prepared.read_tensors(file)["prompt_embeds"]
         assert stored.dtype == expected.dtype and torch.equal(stored, expected), prompt
+
+
+def test_layer_by_layer_the_embeddings_are_the_same_and_are_not_made_again(
+    run: Run, folder: Path, tmp_path: Path, counts: Counts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_lists(folder, {"c.mp4": "a red square moving left"})
+    assert run(folder, tmp_path / "whole")[0] == 0
+    swaps: list[int] = []
+    monkeypatch.setattr(
+        text_encoder, "swap_blocks", lambda *given, **blocks: swaps.append(swap_blocks(*given, **blocks).num_resident)
+    )
+    assert run(folder, tmp_path / "swapped", "--offload_text_encoder")[0] == 0
+    assert swaps == [2] and counts.text_loads == 2
+    assert tensor_files(tmp_path / "swapped") == tensor_files(tmp_path / "whole")
+    assert run(folder, tmp_path / "swapped")[0] == 0
+    assert counts.text_loads == 2
 
 
 def test_bf16_sees_the_pixels_and_gives_the_embeddings_of_stock_diffusers(

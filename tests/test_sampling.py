@@ -20,10 +20,21 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from cogvideox_factory import sampling
 from cogvideox_factory.command_line import parse_command
-from cogvideox_factory.config import LoraOptions, SamplingOptions, Train, UserError, write_config
+from cogvideox_factory.config import (
+    BlockOptions,
+    LoraOptions,
+    SamplingOptions,
+    TextEncoderOptions,
+    Train,
+    UserError,
+    write_config,
+)
 from cogvideox_factory.data.buckets import Bucket
 from cogvideox_factory.demo.tiny_model import build_tiny_pipeline
+from cogvideox_factory.memory.block_swap import BlockSwap, swap_of
+from cogvideox_factory.memory.set_aside import set_model_aside
 from cogvideox_factory.model.adapters import LORA_FILE, attach_lora, save_lora, trainable_parameters
 from cogvideox_factory.model.denoiser import load_scheduler, load_transformer
 from cogvideox_factory.model.family import Checkpoint
@@ -204,6 +215,75 @@ def test_lora_equals_stock_load_lora_weights(
     expected = stock_frames(pipeline)
     assert not np.array_equal(expected, base)
     assert np.array_equal(sample(*SIZE, "--lora", trained / LORA_FILE if is_file else trained), expected)
+
+
+@pytest.mark.parametrize(
+    ("flags", "num_swaps"),
+    [
+        (("--resident_blocks", "2"), 1),
+        (("--offload_text_encoder",), 1),
+        (("--offload_text_encoder", "--resident_blocks", "1", "--guidance_scale", "1"), 2),
+    ],
+)
+def test_models_that_pass_through_the_memory_make_the_same_frames(
+    flags: tuple[str, ...], num_swaps: int, sample_run: Callable[..., np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What they are compared with is that of the stock pipeline, as other tests see."""
+    swaps: list[BlockSwap] = []
+    init = BlockSwap.__init__
+
+    def remember(self: BlockSwap, *arguments: Any) -> None:
+        init(self, *arguments)
+        swaps.append(self)
+
+    asides: list[Any] = []
+
+    def aside(model: Any, device: torch.device) -> Any:
+        asides.append(model)
+        return set_model_aside(model, device)
+
+    monkeypatch.setattr(BlockSwap, "__init__", remember)
+    monkeypatch.setattr(sampling, "set_model_aside", aside)
+    guidance = flags[-2:] if "--guidance_scale" in flags else ()
+    expected = sample_run(*guidance)
+    assert not swaps
+    assert np.array_equal(sample_run(*flags), expected)
+    assert len(swaps) == num_swaps and all(swap.num_copies >= 2 for swap in swaps)
+    assert len(asides) == ("--resident_blocks" in flags)
+    if asides:  # the LoRA travels too
+        moved = swaps[-1].parameters()
+        blocks = asides[0].transformer_blocks
+        assert moved == set(blocks.parameters()) and any("lora_A" in name for name, _ in blocks.named_parameters())
+
+
+def test_the_feed_forward_of_sample_works_in_chunks(sample_run: Callable[..., np.ndarray]) -> None:
+    expected = sample_run().astype(int)
+    with pytest.MonkeyPatch.context() as patch:
+        chunked: list[int] = []
+        patch.setattr(sampling, "chunk_feed_forward", lambda transformer, num: chunked.append(num))
+        sample_run("--feed_forward_chunks", "3")
+    assert chunked == [3]
+    assert np.abs(sample_run("--feed_forward_chunks", "3").astype(int) - expected).max() <= 1
+
+
+def test_the_text_encoder_is_gone_before_the_other_models_come(checkpoint: Checkpoint, tiny_model: Path) -> None:
+    pipeline = CogVideoXPipeline.from_pretrained(tiny_model)
+    encoder = pipeline.text_encoder
+    prompts = place(
+        *(pipeline, checkpoint, SamplingOptions(), CPU),
+        blocks=BlockOptions(resident_blocks=2),
+        text_encoder=TextEncoderOptions(),
+        prompts=[PROMPT, "a blue circle"],
+        max_sequence_length=16,
+    )
+    assert pipeline.text_encoder is None and swap_of(encoder) is None
+    stock = CogVideoXPipeline.from_pretrained(tiny_model)
+    for prompt, ready in prompts.items():
+        with torch.no_grad():
+            embeds = stock.encode_prompt(prompt, max_sequence_length=16, device=CPU)
+        for name, expected in zip(("prompt_embeds", "negative_prompt_embeds"), embeds, strict=True):
+            assert torch.equal(ready[name], expected) and not ready[name].requires_grad
+    assert list(prompts) == [PROMPT, "a blue circle"]
 
 
 def test_run_gives_its_base_model_with_its_lora_at_its_size(
@@ -550,8 +630,15 @@ def test_pipeline_is_offloaded_or_moved_but_never_both(
     """Trap: moving a pipeline undoes its offloading, and testing then takes more memory than training."""
     pipeline: Any = Placed()
     pipeline.vae = None
-    place(pipeline, checkpoint, SamplingOptions(enable_model_cpu_offload=offload), device)
+    prompts = place(
+        *(pipeline, checkpoint, SamplingOptions(enable_model_cpu_offload=offload), device),
+        blocks=BlockOptions(),
+        text_encoder=TextEncoderOptions(),
+        prompts=[PROMPT],
+        max_sequence_length=226,
+    )
     assert pipeline.calls == [(expected, device)]
+    assert prompts == {PROMPT: {"prompt": PROMPT}}
 
 
 def test_video_list_is_written_as_json(tmp_path: Path) -> None:

@@ -214,7 +214,15 @@ class DataOptions:
 
 
 @option_group
-class EncodingOptions:
+class TextEncoderOptions:
+    """How the text encoder works."""
+
+    offload_text_encoder: bool = False
+    """Let the text encoder's layers pass through the GPU one after the other; its weights stay in the host's memory."""
+
+
+@option_group
+class EncodingOptions(TextEncoderOptions):
     """How clips and captions become latents and embeddings."""
 
     max_sequence_length: Count = None
@@ -313,7 +321,20 @@ class TrainingOptions:
 
 
 @option_group
-class MemoryOptions:
+class BlockOptions:
+    """Ways to run the blocks of the transformer with less memory, in training and when videos are made."""
+
+    feed_forward_chunks: Annotated[int, AtLeast(1)] = 1
+    """Compute the feed-forward of each block in so many parts of its sequence, each recomputed in the backward pass, so
+    that only one part's activations are there at a time. Results differ by rounding."""
+    resident_blocks: Count = None
+    """Keep the frozen weights of the blocks in the host's memory, and on the GPU those of so many blocks at a time;
+    from 2 on, the next block is copied while one is computed. Training needs a LoRA and --gradient_checkpointing for
+    it. Default: all."""
+
+
+@option_group
+class MemoryOptions(BlockOptions):
     """Ways to train with less memory. They change how a step is computed, not what it learns."""
 
     gradient_checkpointing: bool = False
@@ -322,12 +343,6 @@ class MemoryOptions:
     offload_activations: bool = False
     """With --gradient_checkpointing: what is kept of each block, its input, waits in the host's memory for the backward
     pass, copied while the GPU computes."""
-    feed_forward_chunks: Annotated[int, AtLeast(1)] = 1
-    """Compute the feed-forward of each block in so many parts of its sequence, each recomputed in the backward pass, so
-    that only one part's activations are there at a time. Results differ by rounding."""
-    resident_blocks: Count = None
-    """With --gradient_checkpointing and a LoRA: keep the frozen weights of the blocks in the host's memory, and on the
-    GPU those of so many blocks at a time; from 2 on, the next block is copied while one is computed. Default: all."""
     optimizer_in_backward: bool = False
     """Step each weight as soon as its gradient is there, and drop the gradient. Needs --max_grad_norm 0 and
     --gradient_accumulation_steps 1."""
@@ -443,7 +458,8 @@ class SamplingOptions:
     use_dynamic_cfg: bool = False
     """Raise the guidance from 1 to its full weight over the denoising steps."""
     enable_model_cpu_offload: bool = False
-    """Keep on the GPU only the part of the pipeline that works (text encoder, transformer, VAE in turn)."""
+    """Keep on the GPU only the part of the pipeline that works (text encoder, transformer, VAE in turn). While a video
+    is decoded during the training of a LoRA, all that the training holds waits in the host's memory."""
     enable_slicing: bool = False
     """Decode one video at a time where several come together."""
     enable_tiling: bool = False
@@ -633,6 +649,8 @@ class Sample:
     model: ModelOptions = field(default_factory=ModelOptions)
     conditioning: ConditioningOptions = field(default_factory=ConditioningOptions)
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
+    text_encoder: TextEncoderOptions = field(default_factory=TextEncoderOptions)
+    blocks: BlockOptions = field(default_factory=BlockOptions)
     prompt: Text = None
     """What the video shows."""
     image: Text = None

@@ -28,6 +28,7 @@ from cogvideox_factory.data.excerpts import Excerpt, View, read_excerpts
 from cogvideox_factory.data.files import hash_of, make_output_folder, remove_unfinished
 from cogvideox_factory.data.store import Entry, PreparedSet
 from cogvideox_factory.data.video import FrameRequest, VideoError
+from cogvideox_factory.memory.text_encoder import place_text_encoder
 from cogvideox_factory.model.device import default_device, free_memory
 from cogvideox_factory.model.encoders import TextEncoder, VideoEncoder
 from cogvideox_factory.model.family import Checkpoint, open_checkpoint
@@ -212,7 +213,10 @@ def encode_prompts(
     missing = {prompt: file for prompt, file in files.items() if not prepared.has(file)}
     if missing:
         dtype = checkpoint.dtype_for(encoding.dtype, device)
-        encoder = TextEncoder.load(checkpoint, encoding.max_sequence_length, dtype, device)
+        encoder = TextEncoder.load(
+            *(checkpoint, encoding.max_sequence_length, dtype, device),
+            lambda text_encoder, device: place_text_encoder(text_encoder, encoding, device),
+        )
         for prompt, file in progress_bar(missing.items(), "Encoding captions", "caption", is_silent=_is_silent()):
             prepared.write_tensors(file, {"prompt_embeds": encoder.encode(prompt)})
             stop.check("stopped while encoding captions; start again to go on")

@@ -5,9 +5,10 @@ Everything is done by the stock diffusers pipeline, so what is seen here is what
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,17 +18,24 @@ import torch
 from PIL import Image
 
 from cogvideox_factory.config import (
+    BlockOptions,
     ConditioningOptions,
     ModelOptions,
     RunError,
     Sample,
     SamplingOptions,
+    TextEncoderOptions,
     UserError,
     read_config,
 )
 from cogvideox_factory.data.files import make_output_folder, write_durably
 from cogvideox_factory.data.images import fit_image, read_image
 from cogvideox_factory.data.video import write_video
+from cogvideox_factory.memory.block_swap import swap_blocks
+from cogvideox_factory.memory.feed_forward import chunk_feed_forward
+from cogvideox_factory.memory.rotation import rotate_in_parts
+from cogvideox_factory.memory.set_aside import set_model_aside
+from cogvideox_factory.memory.text_encoder import place_text_encoder
 from cogvideox_factory.model import denoiser, encoders
 from cogvideox_factory.model.adapters import (
     find_export,
@@ -36,7 +44,7 @@ from cogvideox_factory.model.adapters import (
     holds_lora,
     load_trained,
 )
-from cogvideox_factory.model.device import default_device
+from cogvideox_factory.model.device import default_device, free_memory
 from cogvideox_factory.model.encoders import load_vae, spare_memory, tell_if_cut
 from cogvideox_factory.model.family import Checkpoint, open_checkpoint, with_conditioning
 from cogvideox_factory.model.pipeline_folder import is_pipeline
@@ -54,6 +62,10 @@ class Video:
     prompt: str
     seed: int
     image: str | None = None  # that it starts from: a path relative to the folder of all validations
+
+
+WhileDecoding = Callable[[], contextlib.AbstractContextManager[Any]]
+Prompts = Mapping[str, dict[str, Any]]  # what `generate` takes of each: its text, or its embeddings
 
 
 def pipeline_from_disk(checkpoint: Checkpoint, trained: Path | None, dtype: torch.dtype):
@@ -74,30 +86,99 @@ def pipeline_in_memory(
     dtype: torch.dtype,
     device: torch.device,
     load=load_vae,
+    while_decoding: WhileDecoding = contextlib.nullcontext,
 ):
     """A pipeline around the model that trains: no text encoder (prompts come encoded), a VAE of its own.
 
-    `load` gives the VAE; planning gives one without weights.
+    `load` gives the VAE; planning gives one without weights. `while_decoding` is entered while it decodes.
     """
-    vae = load(checkpoint, dtype).to(device)
+    vae = load(checkpoint, dtype)
+    if not checkpoint.is_image_to_video:
+        vae.encoder = None  # never used then
+    vae.to(device)
     spare_memory(vae, checkpoint, use_slicing=options.enable_slicing, use_tiling=options.enable_tiling)
-    return checkpoint.pipeline_class(
+    pipeline = checkpoint.pipeline_class(
         tokenizer=None,
         text_encoder=None,
         vae=vae,
         transformer=transformer,
         scheduler=type(scheduler).from_config(scheduler.config),  # it counts steps; the training's must not
     )
+    _decode_within(pipeline, while_decoding)
+    return pipeline
 
 
-def place(pipeline, checkpoint: Checkpoint, options: SamplingOptions, device: torch.device) -> None:
-    """Put a pipeline from disk where it runs, sparing memory as the options say."""
+def place(
+    pipeline,
+    checkpoint: Checkpoint,
+    options: SamplingOptions,
+    device: torch.device,
+    *,
+    blocks: BlockOptions,
+    text_encoder: TextEncoderOptions,
+    prompts: Iterable[str],
+    max_sequence_length: int,
+) -> Prompts:
+    """Put a pipeline from disk where it runs, sparing memory as the options say, and give its prompts.
+
+    Where the models may not be there together (`resident_blocks`, `offload_text_encoder`), prompts are encoded here
+    and now, and the text encoder is dropped before the other models come. The frames are the same in any case, but for
+    the rounding of a feed-forward in chunks.
+    """
     spare_memory(pipeline.vae, checkpoint, use_slicing=options.enable_slicing, use_tiling=options.enable_tiling)
-    # Never both: moving the pipeline afterwards undoes the offloading.
-    if options.enable_model_cpu_offload and device != torch.device("cpu"):
+    ready: Prompts = {prompt: {"prompt": prompt} for prompt in prompts}
+    if text_encoder.offload_text_encoder or blocks.resident_blocks is not None:
+        ready = _encode_and_drop(pipeline, ready, options, text_encoder, device, max_sequence_length)
+    if blocks.feed_forward_chunks > 1:
+        chunk_feed_forward(pipeline.transformer, blocks.feed_forward_chunks)
+    # Never two of these: moving the pipeline afterwards undoes the offloading.
+    if blocks.resident_blocks is not None:
+        pipeline.transformer.requires_grad_(False)  # a LoRA too, which travels with its block
+        swap_blocks(pipeline.transformer, blocks.resident_blocks, device)
+        pipeline.vae.to(device)
+        rotate_in_parts(pipeline.transformer)
+        _decode_within(pipeline, lambda: set_model_aside(pipeline.transformer, device))
+    elif options.enable_model_cpu_offload and device != torch.device("cpu"):
         pipeline.enable_model_cpu_offload(device=device)
     else:
         pipeline.to(device)
+    return ready
+
+
+@torch.no_grad()
+def _encode_and_drop(
+    pipeline,
+    prompts: Iterable[str],
+    options: SamplingOptions,
+    text_encoder: TextEncoderOptions,
+    device: torch.device,
+    max_sequence_length: int,
+) -> Prompts:
+    """Embeddings of prompts, and of the empty one for the guidance, as the pipeline would make them itself."""
+    place_text_encoder(pipeline.text_encoder.requires_grad_(False), text_encoder, device)
+    encoded = {}
+    for prompt in prompts:
+        embeds, negative = pipeline.encode_prompt(
+            prompt,
+            do_classifier_free_guidance=options.guidance_scale > 1,
+            max_sequence_length=max_sequence_length,
+            device=device,
+        )
+        encoded[prompt] = {"prompt_embeds": embeds, "negative_prompt_embeds": negative}
+    pipeline.text_encoder = None
+    free_memory()
+    return encoded
+
+
+def _decode_within(pipeline, context: WhileDecoding) -> None:
+    """Let a pipeline decode its latents within a context."""
+    decode = pipeline.decode_latents
+
+    def within(latents: torch.Tensor) -> torch.Tensor:
+        with context():
+            return decode(latents)
+
+    pipeline.decode_latents = within
 
 
 def generate(
@@ -229,12 +310,18 @@ def run(options: Sample) -> dict[str, Any]:
     max_tokens = settings.get("max_sequence_length") or checkpoint.max_text_tokens
     pipeline = pipeline_from_disk(checkpoint, trained, checkpoint.dtype_for(options.dtype, device))
     tell_if_cut(pipeline.tokenizer, options.prompt, max_tokens)
-    place(pipeline, checkpoint, sampling, device)
+    prompts = place(
+        *(pipeline, checkpoint, sampling, device),
+        blocks=options.blocks,
+        text_encoder=options.text_encoder,
+        prompts=[options.prompt],
+        max_sequence_length=max_tokens,
+    )
     video = generate(
         pipeline,
         sampling,
         options.seed,
-        prompt=options.prompt,
+        **prompts[options.prompt],
         image=image,
         max_sequence_length=max_tokens,
     )

@@ -222,7 +222,7 @@ def test_the_table_names_options_that_exist_and_the_page_names_them_all() -> Non
     for strategy in STRATEGIES:
         assert strategy.name in page and (strategy.flag or "") in page
     everything = dataclasses.replace(ALL, optimizer_in_backward=True)
-    assert chosen(everything) == list(STRATEGIES) and len(chosen(MemoryOptions())) == 1
+    assert chosen(everything) == list(STRATEGIES) and len(chosen(MemoryOptions())) == 2
 
 
 def test_the_loop_builds_a_model_with_what_is_asked_for(

@@ -11,20 +11,26 @@ from accelerate import Accelerator
 
 from cogvideox_factory.command_line import parse_command
 from cogvideox_factory.config import Plan
+from cogvideox_factory.memory.text_encoder import place_text_encoder
 from cogvideox_factory.memory.tracker import MemoryTracker
-from cogvideox_factory.model.adapters import is_lora, trainable_parameters
+from cogvideox_factory.model.adapters import attach, is_lora, trainable_parameters
 from cogvideox_factory.model.denoiser import Denoiser, load_scheduler
+from cogvideox_factory.model.encoders import TextEncoder
 from cogvideox_factory.planning import open_configs, resolve
 from cogvideox_factory.planning.fakes import GPU, FakeTracker, fake_world
 from cogvideox_factory.planning.phases import (
     Phase,
     fake_step,
     load_transformer,
+    make_video,
     trace_encoding,
     trace_phases,
     trace_steps,
+    trace_testing,
     trace_text,
+    trace_training,
 )
+from cogvideox_factory.sampling import pipeline_from_disk, place
 from cogvideox_factory.training.loop import build_model, optimizer_step
 from cogvideox_factory.training.optimizers import build_optimizer
 
@@ -207,3 +213,63 @@ def test_a_lora_is_the_adapter_and_trained_weights_are_weights(plan: Plans) -> N
     assert is_lora(transformer)
     assert lora.parts["adapter"] == sum(value.nbytes for value in trainable_parameters(transformer).values())
     assert planned_step(plan("--training_type", "sft"), torch.float32).parts["adapter"] == 0
+
+
+def test_planned_phases_with_swapped_models_are_the_real_ones(plan: Plans, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU host and device are one, so that all that lives anywhere is compared."""
+    monkeypatch.setattr(FakeTracker, "workspace", lambda *arguments: 0)
+    monkeypatch.setattr(FakeTracker, "device_of", lambda *arguments: GPU)
+    size = ("--height", "32", "--width", "48", "--num_frames", "9")
+    options = plan("--offload_text_encoder", "--gradient_checkpointing", "--resident_blocks", "2", *size)
+    with open_configs(options) as checkpoint:
+        options = resolve(options, checkpoint)
+        with fake_world():
+            planned = [trace_text(options, checkpoint), trace_testing(options, checkpoint)]
+        encoder = TextEncoder.load(checkpoint, None, torch.float32, CPU, lambda *given: None)
+        with MemoryTracker(CPU) as text:
+            text.add(encoder.pipeline.text_encoder.parameters(), "weights")
+            place_text_encoder(encoder.pipeline.text_encoder, options.encoding, CPU)
+            text.start_phase()
+            encoder.encode("a red square")
+        pipeline = pipeline_from_disk(checkpoint, None, torch.float32)
+        attach(pipeline.transformer, options.method, options.lora, options.seed)
+        parts = [pipeline.text_encoder, pipeline.transformer, pipeline.vae]
+        with MemoryTracker(CPU) as testing:
+            testing.add([value for part in parts for value in (*part.parameters(), *part.buffers())], "weights")
+            del parts
+            testing.start_phase()
+            prompts = place(
+                *(pipeline, checkpoint, options.sampling, CPU),
+                blocks=options.memory,
+                text_encoder=options.encoding,
+                prompts=[""],
+                max_sequence_length=checkpoint.max_text_tokens,
+            )
+            make_video(pipeline, options, checkpoint, testing, **prompts[""])
+    for phase, tracker in zip(planned, (text, testing), strict=True):
+        assert phase.peak == pytest.approx(tracker.peak, rel=0.02), phase.name
+
+
+def test_in_testing_a_part_of_the_transformer_is_there(plan: Plans) -> None:
+    size = ("--height", "32", "--width", "48", "--num_frames", "9", "--gradient_checkpointing")
+    with open_configs(plan()) as checkpoint, fake_world():
+        whole, swapped = (
+            trace_testing(resolve(plan(*size, *flags), checkpoint), checkpoint)
+            for flags in ((), ("--resident_blocks", "1"))
+        )
+    assert swapped.parts["weights"] < 0.7 * whole.parts["weights"] and swapped.host > whole.parts["weights"]
+
+
+def test_a_validation_leaves_out_what_waits(plan: Plans) -> None:
+    """At the highest moment, a decoding, neither the LoRA nor the optimizer's states are there."""
+    size = ("--height", "320", "--width", "480", "--rank", "64", "--gradient_checkpointing")
+    with open_configs(plan()) as checkpoint:
+        phases = {}
+        for name, flags in {"stays": (), "waits": ("--enable_model_cpu_offload",)}.items():
+            options = resolve(plan(*size, *flags), checkpoint)
+            with fake_world():
+                phases[name] = trace_training(options, checkpoint)[1]
+    stays, waits = phases["stays"], phases["waits"]
+    assert stays.parts["adapter"] > 0 and stays.parts["optimizer"] > 0
+    assert waits.parts["adapter"] == waits.parts["optimizer"] == 0 < waits.parts["weights"] < stays.parts["weights"]
+    assert waits.parts["activations"] == stays.parts["activations"] and waits.host > stays.host

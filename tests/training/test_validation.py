@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Callable
@@ -11,11 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import CogVideoXPipeline
+from diffusers import AutoencoderKLCogVideoX, CogVideoXPipeline
 
+from cogvideox_factory import sampling
 from cogvideox_factory.config import (
     DataOptions,
+    EncodingOptions,
     LoraOptions,
+    MemoryOptions,
     ModelOptions,
     SamplingOptions,
     Train,
@@ -23,13 +27,14 @@ from cogvideox_factory.config import (
     ValidationOptions,
 )
 from cogvideox_factory.data.buckets import Bucket
-from cogvideox_factory.model.adapters import attach_lora, save_lora
+from cogvideox_factory.memory.block_swap import swap_blocks
+from cogvideox_factory.model.adapters import attach_lora, save_lora, trainable_parameters
 from cogvideox_factory.model.denoiser import load_scheduler, load_transformer
 from cogvideox_factory.model.encoders import TextEncoder
 from cogvideox_factory.model.family import Checkpoint
 from cogvideox_factory.stopping import StopRequest
 from cogvideox_factory.training import validation as module
-from cogvideox_factory.training.validation import Validation
+from cogvideox_factory.training.validation import Validation, waiting
 
 CPU = torch.device("cpu")
 PROMPTS = ("a red square moving left", "a blue circle")
@@ -183,6 +188,84 @@ def test_videos_from_the_saved_lora_are_made_once(
     assert validation.run_from_saved(2, CPU) is False
     assert make(validation_prompt=None).run_from_saved(4, CPU) is False
     assert len(written) == 2
+
+
+@pytest.fixture
+def sparing(make: Callable[..., Validation]) -> Validation:
+    """A validation of a training with swapped blocks."""
+    validation = make()
+    memory = MemoryOptions(gradient_checkpointing=True, resident_blocks=2)
+    encoding = EncodingOptions(offload_text_encoder=True)
+    validation.options = dataclasses.replace(validation.options, memory=memory, encoding=encoding)
+    return validation
+
+
+def test_videos_from_the_saved_lora_with_swapped_models(
+    sparing: Validation, written: Written, transformer: Any, tiny_model: Path, tmp_path: Path
+) -> None:
+    save_lora(transformer, tmp_path / "run")
+    with pytest.MonkeyPatch.context() as patch:
+        swaps: list[int] = []
+        patch.setattr(sampling, "swap_blocks", lambda *arguments: swaps.append(swap_blocks(*arguments).num_resident))
+        assert sparing.run_from_saved(2, CPU) is True
+    assert swaps == [2]
+    expected = [stock(tiny_model, tmp_path / "run", prompt, 5) for prompt in PROMPTS]
+    assert all(np.array_equal(frames, reference) for (_, frames, _), reference in zip(written, expected, strict=True))
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_training_waits_on_the_host_while_a_video_is_decoded(
+    fails: bool, sparing: Validation, written: Written, transformer: Any, checkpoint: Checkpoint, tiny_model: Path
+) -> None:
+    sparing.encode_prompts(CPU)
+    swap = swap_blocks(transformer, 2, CPU)
+    state = torch.arange(5.0)
+    own = [*trainable_parameters(transformer).values(), state]
+    before = {name: value.clone() for name, value in transformer.state_dict().items()}
+    at_home, seen = [value.data_ptr() for value in own], []
+    decode = AutoencoderKLCogVideoX.decode
+
+    def look(vae: Any, latents: torch.Tensor) -> Any:
+        seen.append((swap._slots, [value.data_ptr() for value in own]))
+        if fails:
+            raise OSError("no space")
+        return decode(vae, latents)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(OSError) if fails else contextlib.nullcontext():
+        patch.setattr(AutoencoderKLCogVideoX, "decode", look)
+        sparing.run_in_memory(3, transformer, load_scheduler(checkpoint), torch.float32, CPU, [state])
+    assert len(seen) == (1 if fails else 2)
+    assert all(slots == [] for slots, _ in seen)
+    assert all(home != away for home, away in zip(at_home, seen[0][1], strict=True))
+    assert len(swap._slots) == 2 and torch.equal(state, torch.arange(5.0))
+    after = transformer.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    if not fails:
+        save_lora(transformer, sparing.run)
+        expected = [stock(tiny_model, sparing.run, prompt, 5) for prompt in PROMPTS]
+        assert [np.array_equal(a[1], b) for a, b in zip(written, expected, strict=True)] == [True, True]
+
+
+@pytest.mark.parametrize(
+    ("memory", "offload", "is_lora", "waits"),
+    [
+        (MemoryOptions(), False, True, False),
+        (MemoryOptions(), True, True, True),
+        (MemoryOptions(resident_blocks=2), False, True, True),
+        (MemoryOptions(), True, False, False),  # several times the model would have to go
+    ],
+)
+def test_who_waits(
+    memory: MemoryOptions, offload: bool, is_lora: bool, waits: bool, transformer: Any, checkpoint: Checkpoint
+) -> None:
+    options = Train(memory=memory, sampling=SamplingOptions(enable_model_cpu_offload=offload))
+    model = transformer if is_lora else load_transformer(checkpoint, torch.float32)
+    state, weight = torch.ones(2), model.proj_out.weight
+    at_home = [state.data_ptr(), weight.data_ptr()]
+    with waiting(options, model, [state], CPU) as while_decoding:
+        assert [state.data_ptr() != at_home[0], weight.data_ptr() != at_home[1]] == [waits, False]
+        with while_decoding():
+            assert (weight.data_ptr() != at_home[1]) == waits
 
 
 def test_text_encoder_is_not_needed_after_the_prompts_are_encoded(

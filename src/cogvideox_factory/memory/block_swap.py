@@ -1,7 +1,7 @@
 """Block swap: frozen weights of the blocks live on the host, and a few blocks at a time on the device.
 
 The device has a fixed number of *slots*, each of the size of one block, made once: what it needs is known, and no
-memory is allotted or freed while it trains. Before a block is called, in the forward pass, in its recompute or in
+memory is allotted or freed from call to call. Before a block is called, in the forward pass, in its recompute or in
 sampling, its weights are in a slot and its parameters show them; meanwhile the block that comes next is copied into
 another. Frozen weights do not change, so that they only ever travel to the device.
 
@@ -64,10 +64,9 @@ class BlockSwap:
         self.num_copies = 0  # of blocks to the device, since the start
         self._stream = SideStream(device)
         self._blocks = [_move_to_host(block, device) for block in blocks]
-        size = max(len(block.host) for block in self._blocks)
-        self._slots = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(self.num_resident)]
-        for slot in self._slots:
-            self._stream.uses(slot)
+        self._device = device
+        self._slots: list[torch.Tensor] = []
+        self.enter_device()
         self._last = -1
         for index, block in enumerate(blocks):
             block.register_forward_pre_hook(lambda module, arguments, index=index: self._enter(index))
@@ -79,6 +78,23 @@ class BlockSwap:
     def resident(self) -> list[int]:
         """Indices of the blocks that have a slot."""
         return [index for index, block in enumerate(self._blocks) if block.slot is not None]
+
+    def enter_device(self) -> None:
+        """Make the slots, where there are none; blocks come into them when they are called."""
+        if self._slots:
+            return
+        size = max(len(block.host) for block in self._blocks)
+        self._slots = [torch.empty(size, dtype=torch.uint8, device=self._device) for _ in range(self.num_resident)]
+        for slot in self._slots:
+            self._stream.uses(slot)
+
+    def leave_device(self) -> None:
+        """Drop the slots, until `enter_device`."""
+        for index in self.resident():
+            block = self._blocks[index]
+            block.show(block.host)
+            block.slot = None
+        self._slots = []
 
     def _enter(self, index: int) -> None:
         """Before a block is called: its weights are there, and those of the next one are on their way."""
@@ -126,14 +142,23 @@ class BlockSwap:
         self.num_copies += 1
 
 
-def swap_blocks(transformer, num_resident: int, device: torch.device) -> BlockSwap:
-    """Put a transformer on a device, but of the frozen weights of its blocks only `num_resident` blocks at a time."""
-    swap = BlockSwap(transformer.transformer_blocks, num_resident, device)
+def swap_blocks(model, num_resident: int, device: torch.device, *, blocks: Sequence[Module] | None = None) -> BlockSwap:
+    """Put a model on a device, but of the frozen weights of its blocks only `num_resident` blocks at a time.
+
+    `blocks` are called in this order; the default is a transformer's.
+    """
+    swap = BlockSwap(model.transformer_blocks if blocks is None else blocks, num_resident, device)
     moved = swap.parameters()
-    for tensor in [*transformer.parameters(), *transformer.buffers()]:
+    for tensor in [*model.parameters(), *model.buffers()]:
         if tensor not in moved:
             tensor.data = tensor.data.to(device)
+    model.block_swap = swap
     return swap
+
+
+def swap_of(model: Module) -> BlockSwap | None:
+    """How the blocks of a model are swapped; None where they are not."""
+    return getattr(model, "block_swap", None)
 
 
 def _move_to_host(block: Module, device: torch.device) -> SwappedBlock:

@@ -13,6 +13,7 @@ from cogvideox_factory.memory.activations import OffloadedCheckpoints
 from cogvideox_factory.memory.block_swap import swap_blocks
 from cogvideox_factory.memory.feed_forward import chunk_feed_forward
 from cogvideox_factory.memory.lora_precision import compute_in_base_type
+from cogvideox_factory.memory.rotation import rotate_in_parts
 from cogvideox_factory.model.adapters import is_lora
 
 
@@ -60,6 +61,14 @@ STRATEGIES: tuple[Strategy, ...] = (
         saves="fp32 copies of the activations that enter a LoRA over a 16-bit layer",
         costs="products of the LoRA are rounded to 16 bits, as those of the base are",
         needs_lora=True,
+    ),
+    Strategy(
+        name="rotation in parts",
+        flag=None,
+        is_on=lambda options: True,
+        apply=lambda transformer, options, device: rotate_in_parts(transformer),
+        saves="fp32 copies of all queries and keys, while videos are made",
+        costs="nothing",
     ),
     Strategy(
         name="feed-forward in chunks",

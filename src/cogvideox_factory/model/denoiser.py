@@ -28,6 +28,7 @@ def load_transformer(checkpoint: Checkpoint, dtype: torch.dtype):
         checkpoint.folder, subfolder="transformer", variant=checkpoint.variant, dtype=dtype
     )
     follow_config(transformer, checkpoint)
+    round_positions(transformer, dtype)
     return transformer.requires_grad_(False)
 
 
@@ -41,6 +42,16 @@ def follow_config(transformer, checkpoint: Checkpoint) -> None:
         patch_embed.use_learned_positional_embeddings = False
         del patch_embed.pos_embedding
         transformer.register_to_config(use_learned_positional_embeddings=False)  # for whoever saves it
+
+
+def round_positions(transformer, dtype: torch.dtype) -> None:
+    """Keep positions of sines in the type that a transformer computes in; the forward pass converts them to it.
+
+    diffusers keeps them in float64 and converts them in every call: the same to the bit, in four times the memory.
+    """
+    patch_embed = transformer.patch_embed
+    if patch_embed.use_positional_embeddings and not patch_embed.use_learned_positional_embeddings:
+        patch_embed.pos_embedding = patch_embed.pos_embedding.to(dtype)
 
 
 def load_scheduler(checkpoint: Checkpoint):

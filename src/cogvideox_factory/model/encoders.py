@@ -7,6 +7,7 @@ sees, are raw latents times the checkpoint's scaling factor.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,14 +33,20 @@ class TextEncoder:
 
     @classmethod
     def load(
-        cls, checkpoint: Checkpoint, max_tokens: int | None, dtype: torch.dtype, device: torch.device
+        cls,
+        checkpoint: Checkpoint,
+        max_tokens: int | None,
+        dtype: torch.dtype,
+        device: torch.device,
+        place: Callable[[Any, torch.device], Any] = torch.nn.Module.to,
     ) -> TextEncoder:
+        """`place` brings the text encoder to the device."""
         from diffusers import CogVideoXPipeline
 
         pipeline = CogVideoXPipeline.from_pretrained(
             checkpoint.folder, transformer=None, vae=None, variant=checkpoint.variant, dtype=dtype
         )
-        pipeline.text_encoder.to(device).requires_grad_(False)
+        place(pipeline.text_encoder.requires_grad_(False), device)
         return cls(pipeline, max_tokens or checkpoint.max_text_tokens, device)
 
     @torch.no_grad()

@@ -20,9 +20,10 @@ from cogvideox_factory.config import Plan, SamplingOptions, Train
 from cogvideox_factory.data.buckets import Bucket
 from cogvideox_factory.data.loader import Batch, StepBatches
 from cogvideox_factory.data.sampler import Position
+from cogvideox_factory.memory.text_encoder import place_text_encoder
 from cogvideox_factory.memory.tracker import MemoryTracker, Moment
 from cogvideox_factory.model.adapters import attach, is_lora, trainable_parameters
-from cogvideox_factory.model.denoiser import Denoiser, load_scheduler
+from cogvideox_factory.model.denoiser import Denoiser, load_scheduler, round_positions
 from cogvideox_factory.model.encoders import TextEncoder, VideoEncoder
 from cogvideox_factory.model.family import Checkpoint
 from cogvideox_factory.planning import low_bit
@@ -31,8 +32,9 @@ from cogvideox_factory.planning.fakes import GPU, HOST, FakeTracker, as_on_cuda,
 from cogvideox_factory.planning.repeats import Calls, remember_calls
 from cogvideox_factory.sampling import pipeline_in_memory, place
 from cogvideox_factory.training.ema import averaged, build_average
-from cogvideox_factory.training.loop import build_model, optimizer_step
+from cogvideox_factory.training.loop import build_model, held_between_steps, optimizer_step
 from cogvideox_factory.training.optimizers import build_optimizer
+from cogvideox_factory.training.validation import waiting
 
 HELD = "held before the first step", 0  # a stage of the training
 
@@ -110,7 +112,9 @@ def trace_text(options: Plan, checkpoint: Checkpoint) -> Phase:
     """A caption through T5."""
     with _phase() as tracker:
         dtype = encoders_dtype(options, checkpoint)
-        text_encoder = load_text_encoder(checkpoint, dtype).to(GPU)
+        text_encoder = load_text_encoder(checkpoint, dtype)
+        with tracker.part("weights"):
+            place_text_encoder(text_encoder, options.encoding, GPU)
         tracker.add(_tensors(text_encoder), "weights")
         tokens = options.encoding.max_sequence_length or checkpoint.max_text_tokens
         pipeline = _text_pipeline(text_encoder)
@@ -143,14 +147,19 @@ def trace_training(options: Plan, checkpoint: Checkpoint, decodings: Calls | Non
             transformer = build_model(options, checkpoint, dtype, GPU, load=load_transformer)
         training = trace_steps(options, checkpoint, transformer, dtype, tracker)
         tracker.start_phase()
-        with averaged(training.average):
+        held = held_between_steps(training.optimizer, training.average)
+        with averaged(training.average), waiting(options, transformer, held, GPU) as while_decoding:
             pipeline = pipeline_in_memory(
-                *(checkpoint, transformer, training.scheduler, options.sampling, dtype, GPU), load=load_vae
+                *(checkpoint, transformer, training.scheduler, options.sampling, dtype, GPU),
+                load=load_vae,
+                while_decoding=while_decoding,
             )
             tracker.add(_tensors(pipeline.vae), "weights")
             remember_calls(pipeline.vae.decoder, tracker, decodings)
+            tracker.start_phase()
             embeds = torch.empty(_embeds_shape(options, checkpoint), dtype=dtype, device=GPU)
-            _make_video(pipeline, options, checkpoint, tracker, prompt_embeds=embeds, negative_prompt_embeds=embeds)
+            make_video(pipeline, options, checkpoint, tracker, prompt_embeds=embeds, negative_prompt_embeds=embeds)
+            pipeline.vae = None
         return [training.phase, Phase.of("validation", tracker)]
 
 
@@ -225,15 +234,23 @@ def trace_testing(options: Plan, checkpoint: Checkpoint, decodings: Calls | None
             transformer=transformer,
             scheduler=load_scheduler(checkpoint),
         )
-        place(pipeline, checkpoint, options.sampling, GPU)
         remember_calls(pipeline.vae.decoder, tracker, decodings)
+        _mark_text(pipeline.text_encoder, tracker)
         tracker.start_phase()
+        with tracker.part("weights"):
+            prompts = place(
+                *(pipeline, checkpoint, options.sampling, GPU),
+                blocks=options.memory,
+                text_encoder=options.encoding,
+                prompts=[""],
+                max_sequence_length=options.encoding.max_sequence_length or checkpoint.max_text_tokens,
+            )
         mark_stages(pipeline.transformer, tracker)
-        _make_video(pipeline, options, checkpoint, tracker, prompt="")
+        make_video(pipeline, options, checkpoint, tracker, **prompts[""])
         return Phase.of("testing", tracker)
 
 
-def _make_video(pipeline, options: Plan, checkpoint: Checkpoint, tracker: MemoryTracker, **prompt: Any) -> None:
+def make_video(pipeline, options: Plan, checkpoint: Checkpoint, tracker: MemoryTracker, **prompt: Any) -> None:
     """As `sampling.generate`, to the point where the video leaves the GPU."""
     sampling: SamplingOptions = options.sampling
     assert sampling.height is not None and sampling.width is not None
@@ -337,7 +354,9 @@ def load_transformer(checkpoint: Checkpoint, dtype: torch.dtype):
     """The transformer of a checkpoint, without content."""
     from diffusers import CogVideoXTransformer3DModel
 
-    return build(lambda: CogVideoXTransformer3DModel.from_config(dict(checkpoint.transformer)), dtype)
+    transformer = build(lambda: CogVideoXTransformer3DModel.from_config(dict(checkpoint.transformer)), dtype)
+    round_positions(transformer, dtype)
+    return transformer
 
 
 def load_vae(checkpoint: Checkpoint, dtype: torch.dtype):
@@ -355,7 +374,12 @@ def load_text_encoder(checkpoint: Checkpoint, dtype: torch.dtype):
     from transformers import T5Config, T5EncoderModel
 
     config = T5Config.from_pretrained(checkpoint.folder, subfolder="text_encoder")
-    return build(lambda: T5EncoderModel(config), dtype)
+    text_encoder = build(lambda: T5EncoderModel(config), dtype)
+    if dtype == torch.float16:  # where `from_pretrained` keeps some layers in fp32
+        for name, module in text_encoder.named_modules():
+            if name.rpartition(".")[2] in (text_encoder._keep_in_fp32_modules or ()):
+                module.float()
+    return text_encoder
 
 
 def _text_pipeline(text_encoder):
@@ -371,6 +395,20 @@ def _phase() -> Iterator[FakeTracker]:
     with FakeTracker() as tracker:
         yield tracker
     gc.collect()
+
+
+def _mark_text(text_encoder: torch.nn.Module, tracker: FakeTracker) -> None:
+    """Its work is a stage of its own, in which activations come to be, also where weights are placed around it."""
+    forward = text_encoder.forward
+
+    def marked(*args: Any, **kwargs: Any) -> Any:
+        tracker.start_stage("text")
+        with tracker.part("activations"):
+            output = forward(*args, **kwargs)
+        tracker.start_stage("after the text")
+        return output
+
+    text_encoder.forward = marked
 
 
 def _tensors(module: torch.nn.Module) -> list[torch.Tensor]:

@@ -45,6 +45,10 @@ class WeightAverage:
         for name, average in self._averages.items():
             average.lerp_(weights[name].detach().to(average.device, torch.float32), 1 - self.decay)
 
+    def tensors(self) -> list[torch.Tensor]:
+        """What it keeps."""
+        return list(self._averages.values())
+
     @contextlib.contextmanager
     def swapped_in(self) -> Iterator[None]:
         """For a while the parameters are the averages, in the parameters' type; then what they were, untouched."""

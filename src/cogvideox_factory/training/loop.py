@@ -21,6 +21,7 @@ from cogvideox_factory.config import RunError, Train, write_config
 from cogvideox_factory.data.loader import StepBatches, load_steps
 from cogvideox_factory.data.sampler import Sampler
 from cogvideox_factory.data.split import num_videos
+from cogvideox_factory.memory.set_aside import tensors_in
 from cogvideox_factory.memory.strategies import apply, check_memory
 from cogvideox_factory.model.adapters import attach, describe_method, export, find_export, trainable_parameters
 from cogvideox_factory.model.denoiser import Denoiser, load_scheduler, load_transformer
@@ -30,7 +31,7 @@ from cogvideox_factory.progress import progress_bar
 from cogvideox_factory.run_folder import set_aside_after
 from cogvideox_factory.stopping import Stopped, StopRequest, stop_requests
 from cogvideox_factory.training.checkpoint import TrainState, save_checkpoint
-from cogvideox_factory.training.ema import averaged, build_average
+from cogvideox_factory.training.ema import WeightAverage, averaged, build_average
 from cogvideox_factory.training.engine import make_accelerator, wrap
 from cogvideox_factory.training.fp32_steps import held_weights
 from cogvideox_factory.training.held_out import HeldOutLoss
@@ -198,7 +199,8 @@ def train_steps(
                 memory.record("memory_before_validation", memory.peak())
             memory.start_phase()
             with averaged(average):
-                validation.run_in_memory(state.step, transformer, scheduler, dtype, device)
+                held = held_between_steps(raw_optimizer, average)
+                validation.run_in_memory(state.step, transformer, scheduler, dtype, device, held)
             free_memory()
             memory.record("memory_after_validation", memory.peak())
             memory.start_phase()
@@ -317,6 +319,11 @@ def optimizer_step(
         total = accelerator.reduce(total, "sum")
     loss_value, norm_value = torch.stack([total, grad_norm.to(total)]).tolist()  # the step's one wait for the GPU
     return loss_value, norm_value
+
+
+def held_between_steps(optimizer: torch.optim.Optimizer, average: WeightAverage | None) -> list[torch.Tensor]:
+    """What a training keeps besides the model: the optimizer's states, and the moving average."""
+    return [*tensors_in(optimizer.state), *(average.tensors() if average else ())]
 
 
 @torch.no_grad()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +17,8 @@ from cogvideox_factory.data.buckets import Bucket
 from cogvideox_factory.data.images import read_image
 from cogvideox_factory.data.store import Entry, PreparedSet
 from cogvideox_factory.data.video import write_video
-from cogvideox_factory.model.adapters import exported_model
+from cogvideox_factory.memory.set_aside import set_aside, set_model_aside
+from cogvideox_factory.model.adapters import exported_model, is_lora
 from cogvideox_factory.model.device import free_memory
 from cogvideox_factory.model.family import Checkpoint
 from cogvideox_factory.prepare import encode_prompts
@@ -24,6 +26,7 @@ from cogvideox_factory.progress import progress_bar
 from cogvideox_factory.run_folder import validation_folder
 from cogvideox_factory.sampling import (
     Video,
+    WhileDecoding,
     as_json,
     generate,
     pipeline_from_disk,
@@ -36,6 +39,22 @@ from cogvideox_factory.stopping import StopRequest
 from cogvideox_factory.training.start_images import FOLDER, StartImages, split
 
 logger = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def waiting(options: Train, transformer, held: Iterable[torch.Tensor], device: torch.device) -> Iterator[WhileDecoding]:
+    """Where the options ask for it, what the training of a LoRA holds besides the model waits on the host meanwhile;
+    what is given is to be entered while a video is decoded, when the model itself does.
+
+    A full fine-tuning stays: its states would take several times the model in the host's memory, and its steps need
+    far more of the GPU than a video.
+    """
+    asked = options.sampling.enable_model_cpu_offload or options.memory.resident_blocks is not None
+    if not (asked and is_lora(transformer)):
+        yield contextlib.nullcontext
+        return
+    with set_aside(held, device):
+        yield lambda: set_model_aside(transformer, device)
 
 
 class Validation:
@@ -112,21 +131,37 @@ class Validation:
         by_epochs = every_epochs is not None and epoch is not None and (epoch + 1) % every_epochs == 0
         return step == 0 or by_steps or by_epochs
 
-    def run_in_memory(self, step: int, transformer, scheduler, dtype: torch.dtype, device: torch.device) -> None:
-        """Videos of the model as it is. It comes back in the mode it had, with nothing attached to it."""
+    def run_in_memory(
+        self,
+        step: int,
+        transformer,
+        scheduler,
+        dtype: torch.dtype,
+        device: torch.device,
+        held: Sequence[torch.Tensor] = (),
+    ) -> None:
+        """Videos of the model as it is. It comes back in the mode it had, with nothing attached to it.
+
+        `held` is what else the training keeps on the device.
+        """
         was_training = transformer.training
-        pipeline = pipeline_in_memory(self.checkpoint, transformer, scheduler, self.sampling, dtype, device)
-        negative = self._embedding("", dtype, device)
+        with waiting(self.options, transformer, held, device) as while_decoding:
+            pipeline = pipeline_in_memory(
+                *(self.checkpoint, transformer, scheduler, self.sampling, dtype, device),
+                while_decoding=while_decoding,
+            )
+            negative = self._embedding("", dtype, device)
 
-        def make(video: Video) -> np.ndarray:
-            embeds = self._embedding(video.prompt, dtype, device)
-            return self._generate(pipeline, video, prompt_embeds=embeds, negative_prompt_embeds=negative)
+            def make(video: Video) -> np.ndarray:
+                embeds = self._embedding(video.prompt, dtype, device)
+                return self._generate(pipeline, video, prompt_embeds=embeds, negative_prompt_embeds=negative)
 
-        transformer.eval()
-        try:
-            self._write(step, make)
-        finally:
-            transformer.train(was_training)
+            transformer.eval()
+            try:
+                self._write(step, make)
+            finally:
+                transformer.train(was_training)
+                pipeline.vae = None  # before the rest of the training comes back
 
     def run_from_saved(self, step: int, device: torch.device) -> bool:
         """Videos of what the run saved, all by stock diffusers; whether there were any to make."""
@@ -134,8 +169,14 @@ class Validation:
             return False
         dtype = self.checkpoint.dtype_for(self.options.training.mixed_precision, device)
         pipeline = pipeline_from_disk(*exported_model(self.run, self.checkpoint), dtype)
-        place(pipeline, self.checkpoint, self.sampling, device)
-        self._write(step, lambda video: self._generate(pipeline, video, prompt=video.prompt))
+        prompts = place(
+            *(pipeline, self.checkpoint, self.sampling, device),
+            blocks=self.options.memory,
+            text_encoder=self.options.encoding,
+            prompts=dict.fromkeys(video.prompt for video in self.videos),
+            max_sequence_length=self._max_tokens,
+        )
+        self._write(step, lambda video: self._generate(pipeline, video, **prompts[video.prompt]))
         return True
 
     def _write(self, step: int, make: Callable[[Video], np.ndarray]) -> None:
@@ -155,8 +196,11 @@ class Validation:
         if video.image:
             prompt["image"] = read_image(str(self.run / "validation" / video.image), "--validation_images")
         pipeline.set_progress_bar_config(disable=True)
-        tokens = self.options.encoding.max_sequence_length or self.checkpoint.max_text_tokens
-        return generate(pipeline, self.sampling, video.seed, max_sequence_length=tokens, **prompt)
+        return generate(pipeline, self.sampling, video.seed, max_sequence_length=self._max_tokens, **prompt)
+
+    @property
+    def _max_tokens(self) -> int:
+        return self.options.encoding.max_sequence_length or self.checkpoint.max_text_tokens
 
     def _embedding(self, prompt: str, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         tensors = self._embeddings.read_tensors(self._files[prompt])
