@@ -123,9 +123,10 @@ def run_plan(options: Plan) -> None:
 def run_train(options: Train) -> None:
     from accelerate import PartialState
 
+    from cogvideox_factory.planning.before_training import plan_training
     from cogvideox_factory.training.loop import train
 
-    run = train(options)
+    run = train(*plan_training(options))
     if PartialState().is_main_process:  # not the variable RANK, which a user may have set for something else
         run_report(Report(run=run))
         if (run / "model_index.json").is_file():

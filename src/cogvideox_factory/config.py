@@ -17,7 +17,7 @@ import difflib
 import math
 import re
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -639,7 +639,10 @@ class Plan(Train):
     """Print one JSON object on standard output, for programs."""
 
     required = ("pretrained_model_name_or_path",)  # type: ignore[assignment]
-    example = "cogvideox-factory plan --pretrained_model_name_or_path THUDM/CogVideoX-5b --fit --gpu_memory 24 --host_memory 64"
+    example = (
+        "cogvideox-factory plan --pretrained_model_name_or_path THUDM/CogVideoX-5b --fit --gpu_memory 24 "
+        "--host_memory 64"
+    )
 
 
 @option_group

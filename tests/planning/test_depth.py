@@ -10,10 +10,11 @@ from cogvideox_factory.command_line import parse_command
 from cogvideox_factory.config import Plan
 from cogvideox_factory.memory.tracker import Moment
 from cogvideox_factory.model.family import Checkpoint
-from cogvideox_factory.planning import open_configs, phases, resolve
-from cogvideox_factory.planning.depth import DEPTHS, Stages, at_full_depth, blocks_are_alike, extend, with_depth
+from cogvideox_factory.planning import open_configs, resolve, traces
+from cogvideox_factory.planning.depth import DEPTHS, Stages, along_line, at_full_depth, blocks_are_alike, with_depth
 from cogvideox_factory.planning.fakes import GPU, FakeTracker, fake_world
-from cogvideox_factory.planning.phases import Phase, load_transformer, trace_phases, trace_steps
+from cogvideox_factory.planning.phases import Phase, load_transformer, trace_steps
+from cogvideox_factory.planning.traces import Traces
 from cogvideox_factory.training.loop import build_model
 
 CHECKPOINTED = "--gradient_checkpointing"
@@ -39,15 +40,15 @@ def test_a_step_of_nine_blocks_is_told_from_six(flags: tuple[str, ...], tiny_mod
         checkpoint = with_depth(checkpoint, 9)
         options = resolve(options, checkpoint)
 
-        def step(checkpoint: Checkpoint) -> list[Stages]:
+        def step(checkpoint: Checkpoint) -> Stages:
             dtype = checkpoint.weights_dtype
             with FakeTracker() as tracker:
                 transformer = build_model(options, checkpoint, dtype, GPU, load=load_transformer)
-                return [trace_steps(options, checkpoint, transformer, dtype, tracker).phase.stages]
+                return trace_steps(options, checkpoint, transformer, dtype, tracker).phase.stages
 
         with fake_world():
             extended, whole = at_full_depth(checkpoint, options, step), step(checkpoint)
-    assert figures(Phase("training", extended[0])) == figures(Phase("training", whole[0]))
+    assert figures(Phase("training", extended)) == figures(Phase("training", whole))
 
 
 @pytest.mark.slow
@@ -57,9 +58,9 @@ def test_all_phases_of_twelve_blocks_are_told_from_six(sparing: tuple[str, ...],
     with open_configs(options) as checkpoint:
         checkpoint = with_depth(checkpoint, 12)
         options = resolve(options, checkpoint)
-        extended = trace_phases(options, checkpoint)
-        monkeypatch.setattr(phases, "at_full_depth", lambda checkpoint, options, trace: trace(checkpoint))
-        whole = trace_phases(options, checkpoint)
+        extended = Traces(checkpoint).phases(options)
+        monkeypatch.setattr(traces, "at_full_depth", lambda checkpoint, options, trace: trace(checkpoint))
+        whole = Traces(checkpoint).phases(options)
     assert [figures(phase) for phase in extended] == [figures(phase) for phase in whole]
 
 
@@ -76,7 +77,7 @@ def test_the_highest_stage_may_be_another_at_full_depth() -> None:
 
     few, more = stages(low), stages(high)
     assert max(more, key=lambda name: more[name].peak) == "stays"
-    assert extend(few, more, 42) == stages(42)
+    assert along_line(few, more, DEPTHS, 42) == stages(42)
 
 
 def test_a_name_that_singles_blocks_out_is_traced_whole(tiny_model: Path) -> None:
@@ -88,8 +89,8 @@ def test_a_name_that_singles_blocks_out_is_traced_whole(tiny_model: Path) -> Non
         assert not blocks_are_alike(plan(tiny_model, *one, name))
     options = plan(tiny_model, *one, "transformer_blocks.7")
     with open_configs(options) as checkpoint:
-        whole = at_full_depth(with_depth(checkpoint, 12), options, lambda given: [{"": moment_of(given)}])
-    assert whole == [{"": Moment({"weights": 12}, 0)}]
+        whole = at_full_depth(with_depth(checkpoint, 12), options, lambda given: {"": moment_of(given)})
+    assert whole == {"": Moment({"weights": 12}, 0)}
 
 
 def moment_of(checkpoint: Checkpoint) -> Moment:

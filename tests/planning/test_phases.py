@@ -24,12 +24,12 @@ from cogvideox_factory.planning.phases import (
     load_transformer,
     make_video,
     trace_encoding,
-    trace_phases,
     trace_steps,
     trace_testing,
     trace_text,
-    trace_training,
+    trace_validation,
 )
+from cogvideox_factory.planning.traces import Traces
 from cogvideox_factory.sampling import pipeline_from_disk, place
 from cogvideox_factory.training.loop import build_model, optimizer_step
 from cogvideox_factory.training.optimizers import build_optimizer
@@ -165,7 +165,7 @@ def test_all_phases_of_every_member(name: str, member: Callable[[str], Path]) ->
     size = ("--height_buckets", "64", "--width_buckets", "96", "--frame_buckets", "17")
     options = parse_command(Plan, "plan", ("--model_id", str(member(name)), *size))
     with open_configs(options) as checkpoint:
-        phases = {phase.name: phase for phase in trace_phases(resolve(options, checkpoint), checkpoint)}
+        phases = {phase.name: phase for phase in Traces(checkpoint).phases(resolve(options, checkpoint))}
     assert list(phases) == ["preparing", "training", "validation", "testing"]
     assert all(phase.peak == sum(phase.parts.values()) > 0 for phase in phases.values())
     assert phases["validation"].parts["optimizer"] > 0 and phases["testing"].parts["optimizer"] == 0
@@ -180,7 +180,7 @@ def test_sparing_options_spare(plan: Plans) -> None:
         spare = resolve(plan("--height", "160", "--width", "240", *sparing), checkpoint)
         with fake_world():
             assert trace_encoding(spare, checkpoint).peak < trace_encoding(plain, checkpoint).peak
-        before, after = trace_phases(plain, checkpoint)[-1], trace_phases(spare, checkpoint)[-1]
+        before, after = Traces(checkpoint).phases(plain)[-1], Traces(checkpoint).phases(spare)[-1]
     assert after.peak < before.peak
     assert after.parts["weights"] < 0.9 * before.parts["weights"] < after.host
 
@@ -268,7 +268,7 @@ def test_a_validation_leaves_out_what_waits(plan: Plans) -> None:
         for name, flags in {"stays": (), "waits": ("--enable_model_cpu_offload",)}.items():
             options = resolve(plan(*size, *flags), checkpoint)
             with fake_world():
-                phases[name] = trace_training(options, checkpoint)[1]
+                phases[name] = trace_validation(options, checkpoint)
     stays, waits = phases["stays"], phases["waits"]
     assert stays.parts["adapter"] > 0 and stays.parts["optimizer"] > 0
     assert waits.parts["adapter"] == waits.parts["optimizer"] == 0 < waits.parts["weights"] < stays.parts["weights"]

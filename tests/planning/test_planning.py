@@ -11,7 +11,9 @@ import pytest
 
 from cogvideox_factory import planning
 from cogvideox_factory.memory.tracker import PARTS, Moment
-from cogvideox_factory.planning.phases import GPU, FakeTracker, fake_world, load_transformer, trace_steps
+from cogvideox_factory.planning.fakes import GPU, FakeTracker, fake_world
+from cogvideox_factory.planning.phases import Phase, load_transformer, trace_steps
+from cogvideox_factory.planning.traces import Traces
 from cogvideox_factory.training.loop import build_model
 
 Cli = Callable[..., tuple[int, str, str]]
@@ -37,9 +39,7 @@ def test_the_plan_for_programs_and_for_people(
     assert plan["budget_gib"] == 24 and plan["fits"] is True
     assert not list(tmp_path.iterdir())
 
-    monkeypatch.setattr(
-        planning, "trace_phases", lambda *_: [planning.Phase("testing", {"": Moment(dict.fromkeys(PARTS, 2**30), 0)})]
-    )
+    monkeypatch.setattr(Traces, "phases", lambda *_: [Phase("testing", {"": Moment(dict.fromkeys(PARTS, 2**30), 0)})])
     code, out, _ = cli(*flags[:-1], "6.1")
     assert code == 0
     assert "not measured" in out and "planned peak 5.00 GiB, in testing" in out

@@ -8,42 +8,58 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from cogvideox_factory.config import Plan, UserError, nearest, plain_values
+from cogvideox_factory.config import Plan, UserError, nearest
 from cogvideox_factory.memory.strategies import check_memory
-from cogvideox_factory.memory.tracker import PARTS
 from cogvideox_factory.model import published
-from cogvideox_factory.model.adapters import describe_method
 from cogvideox_factory.model.family import Checkpoint, open_checkpoint, with_conditioning
-from cogvideox_factory.planning.phases import Phase, largest_bucket, trace_phases, training_dtype
+from cogvideox_factory.planning.phases import largest_bucket, training_dtype
+from cogvideox_factory.planning.search import Budget, search
+from cogvideox_factory.planning.texts import CONTEXT_GIB, GIB, PROGRAM_GIB, as_json, as_reasons, as_text, nothing_fits
+from cogvideox_factory.planning.traces import Traces
 from cogvideox_factory.sampling import resolve_sampling
 from cogvideox_factory.training.run_options import resolve_options
 
-GIB = 1024**3
-CONTEXT_GIB = 1.2  # of every process on a GPU: the CUDA context, the libraries' workspaces, fragmentation
-
 
 def run(options: Plan) -> None:
-    """Trace the phases and print them. Raises UserError for a model that is not known here, and for what training
-    would refuse."""
+    """Trace the phases and print them, with --fit of the settings that were found.
+
+    Raises UserError for a model that is not known here, for what training would refuse, and with --fit where nothing
+    fits.
+    """
+    if options.budget.fit and options.budget.gpu_memory is None:
+        raise UserError("--fit: into what? Give the memory of the GPU in GiB, such as --gpu_memory 24")
     with open_configs(options) as checkpoint:
         options = resolve(options, checkpoint)
-        phases = trace_phases(options, checkpoint)
-        print(json.dumps(as_json(options, phases)) if options.json else as_text(options, checkpoint, phases))
+        traces = Traces(checkpoint)
+        found = None
+        if options.budget.fit:
+            found = search(options, traces, budget_of(options))
+            if not found.fits:
+                raise UserError(nothing_fits(found))
+            options = found.options
+        phases = traces.phases(options)
+        if options.json:
+            chosen = {} if found is None else {"chosen": dict(found.values)}
+            print(json.dumps({**as_json(options, phases), **chosen}))
+        else:
+            if found is not None:
+                print(as_reasons(found))
+            print(as_text(options, checkpoint, phases))
 
 
 @contextlib.contextmanager
-def open_configs(options: Plan) -> Iterator[Checkpoint]:
+def open_configs(options: Plan, *, may_download: bool = False) -> Iterator[Checkpoint]:
     """The checkpoint of a folder, or of a published model's name, of which the configs are kept with the program.
 
-    Raises UserError for any other name. Nothing is downloaded.
+    Any other name is looked up on the Hub, where that is allowed, for its configs alone; or else raises UserError.
     """
     name = options.model.pretrained_model_name_or_path
     assert name is not None
@@ -55,6 +71,8 @@ def open_configs(options: Plan) -> Iterator[Checkpoint]:
             published.write_configs(name, Path(folder))
             model = replace(options.model, pretrained_model_name_or_path=folder)
             checkpoint = replace(open_checkpoint(model), name=name)
+        elif may_download:
+            checkpoint = open_checkpoint(options.model, with_weights=False)
         else:
             known = [f"{owner}/{model}" for owner in published.OWNERS for model in published.NAMES]
             of_first = [name for name in known if name.startswith(published.OWNERS[0])]
@@ -86,51 +104,8 @@ def resolve(options: Plan, checkpoint: Checkpoint) -> Plan:
 FILLED_IN = ("data", "encoding", "training", "optimizer", "held_out")
 
 
-def as_json(options: Plan, phases: list[Phase]) -> dict[str, Any]:
-    """The plan for programs; memory in GiB."""
-    rows = [
-        {
-            "name": phase.name,
-            "peak_gib": phase.peak / GIB,
-            "host_gib": phase.host / GIB,
-            "parts": {part: phase.parts[part] / GIB for part in PARTS},
-        }
-        for phase in phases
-    ]
-    peak = max(phase.peak for phase in phases) / GIB
-    budget = options.budget.gpu_memory
-    return {
-        "settings": plain_values(options),
-        "phases": rows,
-        "peak_gib": peak,
-        "budget_gib": budget,
-        "fits": None if budget is None else peak + CONTEXT_GIB <= budget,
-    }
-
-
-def as_text(options: Plan, checkpoint: Checkpoint, phases: list[Phase]) -> str:
-    """The plan for people."""
-    columns = ["peak", *PARTS, "host"]
-    lines = [
-        f"{checkpoint.name}, {describe_method(options.method, options.lora)}, batch "
-        f"{options.training.train_batch_size} of {largest_bucket(options)}, "
-        f"{str(training_dtype(options, checkpoint)).removeprefix('torch.')}",
-        "Planned by tracing on fake tensors, not measured; GiB at the highest moment of each phase:",
-        "",
-        f"{'phase':<12}" + "".join(f"{column:>13}" for column in columns),
-    ]
-    for phase in phases:
-        values = [phase.peak, *(phase.parts[part] for part in PARTS), phase.host]
-        lines.append(f"{phase.name:<12}" + "".join(f"{value / GIB:>13.2f}" for value in values))
-    highest = max(phases, key=lambda phase: phase.peak)
-    need = highest.peak / GIB + CONTEXT_GIB
-    lines += [
-        "",
-        f"planned peak {highest.peak / GIB:.2f} GiB, in {highest.name}; with {CONTEXT_GIB} GiB allowed for the CUDA "
-        f"context {need:.2f} GiB",
-    ]
-    if options.budget.gpu_memory is not None:
-        left = options.budget.gpu_memory - need
-        verdict = f"fits, with {left:.2f} GiB to spare" if left >= 0 else f"does not fit, by {-left:.2f} GiB"
-        lines.append(f"--gpu_memory {options.budget.gpu_memory:g}: {verdict}")
-    return "\n".join(lines)
+def budget_of(options: Plan) -> Budget:
+    """What tensors may take of the memory that the options give."""
+    gpu, host = options.budget.gpu_memory, options.budget.host_memory
+    assert gpu is not None
+    return Budget((gpu - CONTEXT_GIB) * GIB, math.inf if host is None else (host - PROGRAM_GIB) * GIB)

@@ -9,7 +9,7 @@ straight line through two peaks would not know it. Rejected: tracing all blocks,
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -26,15 +26,13 @@ DEPTHS = 5, 6
 Stages = Mapping[Any, Moment]
 
 
-def at_full_depth(
-    checkpoint: Checkpoint, options: Train, trace: Callable[[Checkpoint], Sequence[Stages]]
-) -> Sequence[Stages]:
+def at_full_depth(checkpoint: Checkpoint, options: Train, trace: Callable[[Checkpoint], Stages]) -> Stages:
     """What `trace` gives for this checkpoint, from what it gives for shallow ones where these tell."""
     depth = checkpoint.transformer["num_layers"]
     if depth <= max(DEPTHS) or not blocks_are_alike(options):
         return trace(checkpoint)
-    shallow, deeper = (trace(with_depth(checkpoint, count)) for count in DEPTHS)
-    return [extend(few, more, depth) for few, more in zip(shallow, deeper, strict=True)]
+    few, more = (trace(with_depth(checkpoint, count)) for count in DEPTHS)
+    return along_line(few, more, DEPTHS, depth)
 
 
 def with_depth(checkpoint: Checkpoint, num_layers: int) -> Checkpoint:
@@ -44,10 +42,11 @@ def with_depth(checkpoint: Checkpoint, num_layers: int) -> Checkpoint:
     return changed
 
 
-def extend(few: Stages, more: Stages, depth: int) -> Stages:
-    """The stages that both depths have, along a straight line through both."""
-    low, high = DEPTHS
-    steps = (depth - high) // (high - low)
+def along_line(few: Stages, more: Stages, counts: tuple[int, int], wanted: int) -> Stages:
+    """The stages that both have, on the straight lines through the two counts; `counts` follow each other."""
+    low, high = counts
+    assert high == low + 1
+    steps = wanted - high
 
     def along(first: int, second: int) -> int:
         return second + steps * (second - first)

@@ -9,8 +9,8 @@ from __future__ import annotations
 import contextlib
 import gc
 import math
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,8 +27,8 @@ from cogvideox_factory.model.denoiser import Denoiser, load_scheduler, round_pos
 from cogvideox_factory.model.encoders import TextEncoder, VideoEncoder
 from cogvideox_factory.model.family import Checkpoint
 from cogvideox_factory.planning import low_bit
-from cogvideox_factory.planning.depth import Stages, at_full_depth, mark_stages
-from cogvideox_factory.planning.fakes import GPU, HOST, FakeTracker, as_on_cuda, build, fake_world
+from cogvideox_factory.planning.depth import Stages, mark_stages
+from cogvideox_factory.planning.fakes import GPU, HOST, FakeTracker, as_on_cuda, build
 from cogvideox_factory.planning.repeats import Calls, remember_calls
 from cogvideox_factory.sampling import pipeline_in_memory, place
 from cogvideox_factory.training.ema import averaged, build_average
@@ -64,32 +64,6 @@ class Phase:
     @classmethod
     def of(cls, name: str, tracker: MemoryTracker) -> Phase:
         return cls(name, tracker.stages)
-
-
-def trace_phases(options: Plan, checkpoint: Checkpoint) -> list[Phase]:
-    """Preparing, training, validation and testing with resolved options, as on a GPU."""
-    decodings: Calls = {}
-    with fake_world():
-        preparing = trace_text(options, checkpoint), trace_encoding(options, checkpoint)
-        training, validation = at_full_depth(
-            checkpoint, options, lambda shallow: _stages(trace_training(options, shallow, decodings))
-        )
-        (testing,) = at_full_depth(
-            checkpoint, options, lambda shallow: _stages([trace_testing(options, shallow, decodings)])
-        )
-    return [
-        Phase(
-            "preparing",
-            {(number, key): stage for number, stages in enumerate(_stages(preparing)) for key, stage in stages.items()},
-        ),
-        Phase("training", training),
-        Phase("validation", validation),
-        Phase("testing", testing),
-    ]
-
-
-def _stages(phases: Iterable[Phase]) -> list[Stages]:
-    return [phase.stages for phase in phases]
 
 
 def largest_bucket(options: Train) -> Bucket:
@@ -136,16 +110,22 @@ def trace_encoding(options: Plan, checkpoint: Checkpoint) -> Phase:
         return Phase.of("preparing", tracker)
 
 
-def trace_training(options: Plan, checkpoint: Checkpoint, decodings: Calls | None = None) -> list[Phase]:
-    """The training step, and the videos that are made beside what the training holds.
-
-    `decodings` are remembered calls of the VAE's decoder.
-    """
+def trace_training(options: Plan, checkpoint: Checkpoint) -> Phase:
+    """The training step."""
     dtype = training_dtype(options, checkpoint)
     with _phase() as tracker:
         with tracker.part("weights"):
             transformer = build_model(options, checkpoint, dtype, GPU, load=load_transformer)
-        training = trace_steps(options, checkpoint, transformer, dtype, tracker)
+        return trace_steps(options, checkpoint, transformer, dtype, tracker).phase
+
+
+def trace_validation(options: Plan, checkpoint: Checkpoint, decodings: Calls | None = None) -> Phase:
+    """A video made beside what the training holds. `decodings` are remembered calls of the VAE's decoder."""
+    dtype = training_dtype(options, checkpoint)
+    with _phase() as tracker:
+        with tracker.part("weights"):
+            transformer = build_model(options, checkpoint, dtype, GPU, load=load_transformer)
+        training = begin_training(options, checkpoint, transformer, tracker)
         tracker.start_phase()
         held = held_between_steps(training.optimizer, training.average)
         with averaged(training.average), waiting(options, transformer, held, GPU) as while_decoding:
@@ -160,7 +140,7 @@ def trace_training(options: Plan, checkpoint: Checkpoint, decodings: Calls | Non
             embeds = torch.empty(_embeds_shape(options, checkpoint), dtype=dtype, device=GPU)
             make_video(pipeline, options, checkpoint, tracker, prompt_embeds=embeds, negative_prompt_embeds=embeds)
             pipeline.vae = None
-        return [training.phase, Phase.of("validation", tracker)]
+        return Phase.of("validation", tracker)
 
 
 @dataclass(frozen=True)
@@ -168,16 +148,14 @@ class Training:
     """What a training holds between two steps."""
 
     phase: Phase
+    trained: list[torch.nn.Parameter]
     scheduler: Any
     average: Any
     optimizer: torch.optim.Optimizer
 
 
-def trace_steps(
-    options: Plan, checkpoint: Checkpoint, transformer, dtype: torch.dtype, tracker: MemoryTracker
-) -> Training:
-    """The loop's step with the optimizer's states in place; `tracker` is entered, `transformer` is built."""
-    device = tracker.device
+def begin_training(options: Plan, checkpoint: Checkpoint, transformer, tracker: MemoryTracker) -> Training:
+    """A training whose optimizer has its states; `tracker` is entered, `transformer` is built."""
     trained = trainable_parameters(transformer)
     tracker.add(_tensors(transformer), "weights")
     tracker.add(trained.values(), "adapter" if is_lora(transformer) else "weights")
@@ -205,14 +183,26 @@ def trace_steps(
     stepping.zero_grad()
     tracker.add(_states(optimizer), "optimizer")
     gc.collect()
+    return Training(Phase("training", {HELD: held}), list(trained.values()), scheduler, average, optimizer)
+
+
+def trace_steps(
+    options: Plan, checkpoint: Checkpoint, transformer, dtype: torch.dtype, tracker: MemoryTracker
+) -> Training:
+    """The loop's step with the optimizer's states in place; `tracker` is entered, `transformer` is built."""
+    training = begin_training(options, checkpoint, transformer, tracker)
     tracker.start_phase()
     optimizer_step(
         fake_step(options, checkpoint),
-        *(OneProcess(device), transformer, stepping, Denoiser(checkpoint, dtype), scheduler),
-        *(list(trained.values()), options),
+        OneProcess(tracker.device),
+        transformer,
+        _Stepping(training.optimizer, tracker),
+        Denoiser(checkpoint, dtype),
+        training.scheduler,
+        training.trained,
+        options,
     )
-    tracker.stages[HELD] = held
-    return Training(Phase.of("training", tracker), scheduler, average, optimizer)
+    return replace(training, phase=Phase("training", {**training.phase.stages, **tracker.stages}))
 
 
 def trace_testing(options: Plan, checkpoint: Checkpoint, decodings: Calls | None = None) -> Phase:

@@ -11,7 +11,7 @@ import functools
 import logging
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -50,8 +50,8 @@ from cogvideox_factory.training.validation import Validation
 logger = logging.getLogger(__name__)
 
 
-def train(options: Train) -> Path:
-    """Train as the options say, and give the run's folder.
+def train(options: Train, planned: Mapping[str, float] | None = None) -> Path:
+    """Train as the options say, and give the run's folder. `planned` is for its memory.json.
 
     Raises UserError for what cannot be done as asked, and Stopped after a signal, with everything saved.
     """
@@ -82,7 +82,7 @@ def train(options: Train) -> Path:
             validation.encode_prompts(device)
             validation.keep_images(data.prepared, data.entries, device)
         options = dataclasses.replace(options, sampling=validation.sampling)
-        memory = MemoryMeter(device, run / "memory.json")
+        memory = MemoryMeter(device, run / "memory.json", planned)
         state = train_steps(options, checkpoint, accelerator, data, held_out_data, validation, memory, trackers, stop)
 
         # What was learned is now tested as others will use it: from the saved file, by stock diffusers.

@@ -72,12 +72,14 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 class MemoryMeter:
     """Peak memory of each phase, in GiB: of the GPU where there is one, else of the process."""
 
-    def __init__(self, device: torch.device, path: Path):
-        """`path` is the run's memory.json; what an earlier part of the run measured is kept."""
+    def __init__(self, device: torch.device, path: Path, planned: Mapping[str, float] | None = None):
+        """`path` is the run's memory.json; what an earlier part of the run measured is kept. `planned` are the figures
+        that were planned for a GPU, under the names of those measured."""
         self._is_cuda = device.type == "cuda"
         self._process = psutil.Process()
         self._peak = 0.0
         self._path = path
+        self._planned = planned
         self.measured: dict[str, float] = {}
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             self.measured.update(json.loads(path.read_text())["measured"])
@@ -105,5 +107,5 @@ class MemoryMeter:
 
     def write(self) -> None:
         kind = "GPU memory allocated" if self._is_cuda else "resident memory of the process"
-        content = {"kind": kind, "unit": "GiB", "measured": self.measured, "planned": None}
+        content = {"kind": kind, "unit": "GiB", "measured": self.measured, "planned": self._planned}
         write_durably(self._path, json.dumps(content, indent=2).encode())

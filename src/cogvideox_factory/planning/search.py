@@ -1,0 +1,209 @@
+"""Finds the fastest settings with which all phases of a run fit into a budget.
+
+Combinations of levers are tried for one phase after the other, exact ones before approximations, and in each of these
+groups from the fastest to the slowest as far as that is known; the first that fits is taken. The strongest of a group
+is looked at before all others: what that cannot do, none can. Only options that have their defaults are changed.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from cogvideox_factory.config import Plan, option_values, with_values
+from cogvideox_factory.memory.strategies import STRATEGIES, Lever
+from cogvideox_factory.planning.phases import Phase
+from cogvideox_factory.planning.traces import NAMES, Traces
+
+Values = Mapping[str, Any]
+Groups = Sequence[Sequence[Lever]]  # of each, one lever or none is chosen
+
+# Beside the strategies. A step waits for an optimizer whose states are on the host.
+STATES = (
+    Lever({"use_8bit": True}, 1.02, is_exact=False),
+    Lever({"use_4bit": True, "use_torchao": True}, 1.05, is_exact=False),
+    Lever({"use_cpu_offload_optimizer": True}, 1.2),
+    Lever({"use_cpu_offload_optimizer": True, "offload_gradients": True}, 1.25),
+)
+STATES_OF_LORA = (Lever({"use_cpu_offload_optimizer": True}, 1.05),)
+WEIGHTS_IN_BF16 = (Lever({"trainable_dtype": "bf16"}, 1.02, is_exact=False),)
+OFFLOADED_TEXT_ENCODER = (Lever({"offload_text_encoder": True}, 1.1),)
+ENCODING: Groups = (OFFLOADED_TEXT_ENCODER, (Lever({"use_tiling": True}, 1.1, is_exact=False),))
+VIDEOS: Groups = (
+    (Lever({"enable_model_cpu_offload": True}, 1.05),),
+    OFFLOADED_TEXT_ENCODER,
+    (Lever({"enable_tiling": True}, 1.1, is_exact=False),),
+)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Bytes that tensors may take on the GPU and on the host; infinite where nothing limits them."""
+
+    gpu: float
+    host: float = math.inf
+
+    def holds(self, phase: Phase) -> bool:
+        return phase.peak <= self.gpu and phase.host <= self.host
+
+
+@dataclass(frozen=True)
+class Look:
+    """A phase that was looked at with some values of options."""
+
+    values: Values
+    phase: Phase
+    fits: bool
+
+
+@dataclass(frozen=True)
+class Found:
+    """The settings that fit; or else, where none do, the most sparing ones."""
+
+    options: Plan
+    values: Values  # that differ from what was asked for
+    phases: Sequence[Phase]
+    fits: bool
+    looks: Sequence[Look]
+
+
+@dataclass(frozen=True)
+class _Combination:
+    """Levers of different groups."""
+
+    values: Values
+    slowdown: float
+    is_exact: bool
+    strength: int
+
+
+def search(options: Plan, traces: Traces, budget: Budget, names: Sequence[str] = NAMES) -> Found:
+    """The fastest settings with which the phases of these names fit. `options` are resolved."""
+    return _Search(options, traces, budget, names).run()
+
+
+class _Search:
+    def __init__(self, options: Plan, traces: Traces, budget: Budget, names: Sequence[str]):
+        self.options = options
+        self.traces = traces
+        self.budget = budget
+        self.names = names
+        self.looks: list[Look] = []
+
+    def run(self) -> Found:
+        encodings = _combinations(self.options, ENCODING)
+        steps = [one for one in _combinations(self.options, _groups(self.options)) if self._is_legal(one.values)]
+        videos = _combinations(self.options, VIDEOS)
+        for encoding in self._fitting(["preparing"], encodings, {}):
+            for step in self._fitting(["training"], steps, encoding):
+                for video in self._fitting(["validation", "testing"], videos, step):
+                    values = self._with_most_residents(video)
+                    return self._found(values, fits=True)
+            break  # more sparing encoders would not help the other phases
+        sparing: dict[str, Any] = {}
+        for combinations in (encodings, steps, videos):
+            sparing.update(_strongest(combinations).values)
+        return self._found(sparing, fits=False)
+
+    def _fitting(self, names: Sequence[str], combinations: Sequence[_Combination], base: Values) -> Iterator[Values]:
+        """Values with which the phases fit, those of `base` included, as long as the caller asks for more."""
+        too_much: list[Values] = []
+        for is_exact in (True, False):
+            group = [one for one in combinations if one.is_exact == is_exact]
+            if not group or self._is_too_much(names, {**base, **_strongest(group).values}):
+                continue
+            for one in sorted(group, key=lambda one: one.slowdown):
+                values = {**base, **one.values}
+                if any(values.items() <= failed.items() for failed in too_much):
+                    continue
+                looks = self._look(names, values)
+                if all(look.fits for look in looks):
+                    yield values
+                elif any(look.phase.peak > self.budget.gpu for look in looks):
+                    too_much.append(values)
+
+    def _is_too_much(self, names: Sequence[str], values: Values) -> bool:
+        """For the GPU: what is spared there may be on the host."""
+        return any(look.phase.peak > self.budget.gpu for look in self._look(names, values))
+
+    def _look(self, names: Sequence[str], values: Values) -> list[Look]:
+        """At the phases among these that there will be, up to the first that does not fit."""
+        looks = []
+        for name in names:
+            if name in self.names:
+                phase = self.traces.phase(name, with_values(self.options, values))
+                looks.append(Look(values, phase, self.budget.holds(phase)))
+                if not looks[-1].fits:
+                    break
+        self.looks.extend(looks)
+        return looks
+
+    def _is_legal(self, values: Values) -> bool:
+        changed = with_values(self.options, values)
+        memory = changed.memory
+        if memory.optimizer_in_backward and changed.optimizer.offload_gradients:  # which drops them instead
+            return False
+        return memory.gradient_checkpointing or not any(
+            strategy.needs_checkpointing and strategy.is_on(memory) for strategy in STRATEGIES
+        )
+
+    def _with_most_residents(self, values: Values) -> Values:
+        """With as many resident blocks as fit, where the search chose a few."""
+        if "resident_blocks" not in values:
+            return values
+        low, high = values["resident_blocks"], self.traces.num_blocks - 1
+        while low < high:
+            middle = (low + high + 1) // 2
+            if all(look.fits for look in self._look(self.names, {**values, "resident_blocks": middle})):
+                low = middle
+            else:
+                high = middle - 1
+        return {**values, "resident_blocks": low}
+
+    def _found(self, values: Values, *, fits: bool) -> Found:
+        options = with_values(self.options, values)
+        return Found(options, values, self.traces.phases(options), fits, self.looks)
+
+
+def _groups(options: Plan) -> Groups:
+    """Levers of the training step that the options leave open."""
+    is_lora, optimizer = options.method.training_type == "lora", options.optimizer
+    groups = [
+        strategy.levers
+        for strategy in STRATEGIES
+        if strategy.levers
+        and not strategy.is_on(options.memory)
+        and (is_lora or not strategy.needs_lora)
+        and not (strategy.steps_in_backward and (is_lora or optimizer.optimizer == "prodigy"))
+    ]
+    if is_lora:
+        return [*groups, STATES_OF_LORA]
+    states = STATES if optimizer.optimizer in ("adam", "adamw") else STATES[-2:]
+    return [*groups, states, WEIGHTS_IN_BF16]
+
+
+def _combinations(options: Plan, groups: Groups) -> list[_Combination]:
+    """All choices of a lever or none from each group, of those whose options have their defaults."""
+    given, defaults = option_values(options), option_values(Plan())
+    free = [
+        levers for levers in groups if all(given[name] == defaults[name] for lever in levers for name in lever.values)
+    ]
+    made = []
+    for chosen in itertools.product(*([(0, None), *enumerate(levers, 1)] for levers in free)):
+        levers = [lever for _, lever in chosen if lever is not None]
+        made.append(
+            _Combination(
+                {name: value for lever in levers for name, value in lever.values.items()},
+                math.prod(lever.slowdown for lever in levers),
+                all(lever.is_exact for lever in levers),
+                sum(number for number, _ in chosen),
+            )
+        )
+    return made
+
+
+def _strongest(combinations: Sequence[_Combination]) -> _Combination:
+    return max(combinations, key=lambda one: (one.strength, one.slowdown))

@@ -1,0 +1,110 @@
+"""The phases of a run under one setting after another, none of them traced twice.
+
+A phase depends on some of the options alone, and on how many blocks are resident in a way that two figures tell.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from cogvideox_factory.config import Plan, option_values, with_values
+from cogvideox_factory.model.family import Checkpoint
+from cogvideox_factory.planning.depth import Stages, along_line, at_full_depth
+from cogvideox_factory.planning.fakes import fake_world
+from cogvideox_factory.planning.phases import (
+    Phase,
+    trace_encoding,
+    trace_testing,
+    trace_text,
+    trace_training,
+    trace_validation,
+)
+from cogvideox_factory.planning.repeats import Calls
+
+NAMES = ("preparing", "training", "validation", "testing")
+# Options of a search that the tracing of a phase does not look at.
+_OF_VIDEOS = {"enable_tiling", "enable_model_cpu_offload"}
+_OF_ENCODING = {"use_tiling", "offload_text_encoder"}
+_OF_BUDGET = {"fit", "gpu_memory", "host_memory", "json"}
+_OF_STEPS = {
+    *("gradient_checkpointing", "offload_activations", "optimizer_in_backward", "trainable_dtype", "quantize_base"),
+    *("use_8bit", "use_4bit", "use_torchao", "use_cpu_offload_optimizer", "offload_gradients"),
+}
+FEW_RESIDENT = 2, 3  # numbers of resident blocks that are traced; each other one has a slot more or less
+
+
+class Traces:
+    """Traces phases of a checkpoint when they are asked for, and keeps them."""
+
+    def __init__(self, checkpoint: Checkpoint):
+        self._checkpoint = checkpoint
+        self._decodings: Calls = {}
+        self._kept: dict[tuple[Any, ...], Stages] = {}
+
+    @property
+    def num_blocks(self) -> int:
+        return self._checkpoint.transformer["num_layers"]
+
+    def phases(self, options: Plan) -> list[Phase]:
+        """Preparing, training, validation and testing with resolved options, as on a GPU."""
+        return [self.phase(name, options) for name in NAMES]
+
+    def phase(self, name: str, options: Plan) -> Phase:
+        """One of `NAMES`."""
+        if name == "preparing":
+            text = self._traced("text", options, {*_OF_VIDEOS, *_OF_STEPS, "use_tiling", "resident_blocks"}, self._text)
+            without = {*_OF_VIDEOS, *_OF_STEPS, "offload_text_encoder", "resident_blocks"}
+            clip = self._traced("clip", options, without, self._clip)
+            stages = {
+                (part, key): value for part, kept in (("text", text), ("clip", clip)) for key, value in kept.items()
+            }
+            return Phase(name, stages)
+        trace, without = {
+            "training": (self._training, {*_OF_VIDEOS, *_OF_ENCODING}),
+            "validation": (self._validation, {*_OF_ENCODING, "gradient_checkpointing", "offload_activations"}),
+            "testing": (self._testing, {*_OF_STEPS, "use_tiling"}),
+        }[name]
+        return Phase(name, self._with_residents(name, options, without, trace))
+
+    def _with_residents(self, name: str, options: Plan, without: set[str], trace: Callable[[Plan], Stages]) -> Stages:
+        """Whatever the number of resident blocks, from traces with few."""
+        wanted, high = options.memory.resident_blocks, max(FEW_RESIDENT)
+        if wanted is not None and wanted >= self.num_blocks:
+            options = with_values(options, {"resident_blocks": None})
+        if wanted is None or wanted <= high or wanted >= self.num_blocks:
+            return self._traced(name, options, without, trace)
+        few, more = (
+            self._traced(name, with_values(options, {"resident_blocks": count}), without, trace)
+            for count in FEW_RESIDENT
+        )
+        return along_line(few, more, FEW_RESIDENT, wanted)
+
+    def _traced(self, name: str, options: Plan, without: set[str], trace: Callable[[Plan], Stages]) -> Stages:
+        values: Mapping[str, Any] = option_values(options)
+        key = (name, *(repr(value) for option, value in values.items() if option not in without | _OF_BUDGET))
+        if key not in self._kept:
+            with fake_world():
+                self._kept[key] = trace(options)
+        return self._kept[key]
+
+    def _text(self, options: Plan) -> Stages:
+        return trace_text(options, self._checkpoint).stages
+
+    def _clip(self, options: Plan) -> Stages:
+        return trace_encoding(options, self._checkpoint).stages
+
+    def _training(self, options: Plan) -> Stages:
+        return at_full_depth(self._checkpoint, options, lambda checkpoint: trace_training(options, checkpoint).stages)
+
+    def _validation(self, options: Plan) -> Stages:
+        decodings = self._decodings
+        return at_full_depth(
+            self._checkpoint, options, lambda checkpoint: trace_validation(options, checkpoint, decodings).stages
+        )
+
+    def _testing(self, options: Plan) -> Stages:
+        decodings = self._decodings
+        return at_full_depth(
+            self._checkpoint, options, lambda checkpoint: trace_testing(options, checkpoint, decodings).stages
+        )
