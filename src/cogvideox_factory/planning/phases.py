@@ -110,6 +110,18 @@ def trace_encoding(options: Plan, checkpoint: Checkpoint) -> Phase:
         return Phase.of("preparing", tracker)
 
 
+def trace_held(options: Plan, checkpoint: Checkpoint) -> Phase:
+    """What a training holds between two steps: a bound from below of its peak, in a fraction of the time."""
+    with _phase() as tracker:
+        with tracker.part("weights"):
+            transformer = build_model(
+                options, checkpoint, training_dtype(options, checkpoint), GPU, load=load_transformer
+            )
+        begin_training(options, checkpoint, transformer, tracker)
+        tracker.start_phase()
+        return Phase.of("held", tracker)
+
+
 def trace_training(options: Plan, checkpoint: Checkpoint) -> Phase:
     """The training step."""
     dtype = training_dtype(options, checkpoint)

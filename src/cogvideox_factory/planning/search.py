@@ -2,7 +2,8 @@
 
 Combinations of levers are tried for one phase after the other, exact ones before approximations, and in each of these
 groups from the fastest to the slowest as far as that is known; the first that fits is taken. The strongest of a group
-is looked at before all others: what that cannot do, none can. Only options that have their defaults are changed.
+is looked at before all others: what that cannot do, none can. Steps are not traced whose bytes can be told from others
+well enough to know that they are too many. Only options that have their defaults are changed.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 from cogvideox_factory.config import Plan, option_values, with_values
 from cogvideox_factory.memory.strategies import STRATEGIES, Lever
 from cogvideox_factory.planning.phases import Phase
-from cogvideox_factory.planning.traces import NAMES, Traces
+from cogvideox_factory.planning.traces import NAMES, OF_HELD, Traces
 
 Values = Mapping[str, Any]
 Groups = Sequence[Sequence[Lever]]  # of each, one lever or none is chosen
@@ -37,6 +38,9 @@ VIDEOS: Groups = (
     OFFLOADED_TEXT_ENCODER,
     (Lever({"enable_tiling": True}, 1.1, is_exact=False),),
 )
+
+
+MARGIN = 0.03  # by which a step may take less than what is expected of it from others
 
 
 @dataclass(frozen=True)
@@ -92,6 +96,9 @@ class _Search:
         self.budget = budget
         self.names = names
         self.looks: list[Look] = []
+        self._least_above_held: dict[
+            Any, int
+        ] = {}  # of the peak of a step, by the options that are not about what is held
 
     def run(self) -> Found:
         encodings = _combinations(self.options, ENCODING)
@@ -119,6 +126,8 @@ class _Search:
                 values = {**base, **one.values}
                 if any(values.items() <= failed.items() for failed in too_much):
                     continue
+                if names == ["training"] and self._least(values) > self.budget.gpu * (1 + MARGIN):
+                    continue
                 looks = self._look(names, values)
                 if all(look.fits for look in looks):
                     yield values
@@ -136,10 +145,21 @@ class _Search:
             if name in self.names:
                 phase = self.traces.phase(name, with_values(self.options, values))
                 looks.append(Look(values, phase, self.budget.holds(phase)))
+                if name == "training":
+                    above = phase.peak - self._held(values)
+                    key = _passes(values)
+                    self._least_above_held[key] = min(above, self._least_above_held.get(key, above))
                 if not looks[-1].fits:
                     break
         self.looks.extend(looks)
         return looks
+
+    def _least(self, values: Values) -> float:
+        """Of a step that has not been traced: what is held, and what steps with the same passes took above that."""
+        return self._held(values) + self._least_above_held.get(_passes(values), 0)
+
+    def _held(self, values: Values) -> int:
+        return self.traces.phase("held", with_values(self.options, values)).peak
 
     def _is_legal(self, values: Values) -> bool:
         changed = with_values(self.options, values)
@@ -157,7 +177,8 @@ class _Search:
         low, high = values["resident_blocks"], self.traces.num_blocks - 1
         while low < high:
             middle = (low + high + 1) // 2
-            if all(look.fits for look in self._look(self.names, {**values, "resident_blocks": middle})):
+            options = with_values(self.options, {**values, "resident_blocks": middle})
+            if all(self.budget.holds(self.traces.phase(name, options)) for name in self.names):
                 low = middle
             else:
                 high = middle - 1
@@ -203,6 +224,11 @@ def _combinations(options: Plan, groups: Groups) -> list[_Combination]:
             )
         )
     return made
+
+
+def _passes(values: Values) -> Any:
+    """Those of the values that say how a step computes, and not what is held between two."""
+    return tuple(sorted((name, value) for name, value in values.items() if name not in (*OF_HELD, "resident_blocks")))
 
 
 def _strongest(combinations: Sequence[_Combination]) -> _Combination:

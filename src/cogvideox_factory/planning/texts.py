@@ -29,7 +29,11 @@ def as_reasons(found: Found) -> str:
         f"--fit: the fastest settings found are {flags_of(found.values) or 'those given'}",
         "Looked at, in this order (GiB, with what the program itself takes):",
     ]
+    seen = []
     for look in found.looks:
+        if (look.phase.name, look.values) in seen:
+            continue
+        seen.append((look.phase.name, look.values))
         gpu, host = look.phase.peak / GIB + CONTEXT_GIB, look.phase.host / GIB + PROGRAM_GIB
         verdict = "fits" if look.fits else "too much"
         flags = flags_of(look.values) or "as given"

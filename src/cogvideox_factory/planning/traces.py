@@ -15,6 +15,7 @@ from cogvideox_factory.planning.fakes import fake_world
 from cogvideox_factory.planning.phases import (
     Phase,
     trace_encoding,
+    trace_held,
     trace_testing,
     trace_text,
     trace_training,
@@ -27,10 +28,10 @@ NAMES = ("preparing", "training", "validation", "testing")
 _OF_VIDEOS = {"enable_tiling", "enable_model_cpu_offload"}
 _OF_ENCODING = {"use_tiling", "offload_text_encoder"}
 _OF_BUDGET = {"fit", "gpu_memory", "host_memory", "json"}
-_OF_STEPS = {
-    *("gradient_checkpointing", "offload_activations", "optimizer_in_backward", "trainable_dtype", "quantize_base"),
-    *("use_8bit", "use_4bit", "use_torchao", "use_cpu_offload_optimizer", "offload_gradients"),
-}
+_OF_PASSES = {"gradient_checkpointing", "offload_activations", "optimizer_in_backward", "offload_gradients"}
+# What is held between two steps depends on these.
+OF_HELD = {"trainable_dtype", "quantize_base", "use_8bit", "use_4bit", "use_torchao", "use_cpu_offload_optimizer"}
+_OF_STEPS = _OF_PASSES | OF_HELD
 FEW_RESIDENT = 2, 3  # numbers of resident blocks that are traced; each other one has a slot more or less
 
 
@@ -51,7 +52,7 @@ class Traces:
         return [self.phase(name, options) for name in NAMES]
 
     def phase(self, name: str, options: Plan) -> Phase:
-        """One of `NAMES`."""
+        """One of `NAMES`, or what is held between two steps."""
         if name == "preparing":
             text = self._traced("text", options, {*_OF_VIDEOS, *_OF_STEPS, "use_tiling", "resident_blocks"}, self._text)
             without = {*_OF_VIDEOS, *_OF_STEPS, "offload_text_encoder", "resident_blocks"}
@@ -62,6 +63,7 @@ class Traces:
             return Phase(name, stages)
         trace, without = {
             "training": (self._training, {*_OF_VIDEOS, *_OF_ENCODING}),
+            "held": (self._held, {*_OF_VIDEOS, *_OF_ENCODING, *_OF_PASSES, "feed_forward_chunks"}),
             "validation": (self._validation, {*_OF_ENCODING, "gradient_checkpointing", "offload_activations"}),
             "testing": (self._testing, {*_OF_STEPS, "use_tiling"}),
         }[name]
@@ -96,6 +98,9 @@ class Traces:
 
     def _training(self, options: Plan) -> Stages:
         return at_full_depth(self._checkpoint, options, lambda checkpoint: trace_training(options, checkpoint).stages)
+
+    def _held(self, options: Plan) -> Stages:
+        return at_full_depth(self._checkpoint, options, lambda checkpoint: trace_held(options, checkpoint).stages)
 
     def _validation(self, options: Plan) -> Stages:
         decodings = self._decodings
