@@ -13,6 +13,7 @@ from cogvideox_factory.memory.activations import OffloadedCheckpoints
 from cogvideox_factory.memory.block_swap import swap_blocks
 from cogvideox_factory.memory.feed_forward import chunk_feed_forward
 from cogvideox_factory.memory.lora_precision import compute_in_base_type
+from cogvideox_factory.memory.quantized_base import check_library, quantize_base
 from cogvideox_factory.model.adapters import is_lora
 
 
@@ -45,6 +46,15 @@ STRATEGIES: tuple[Strategy, ...] = (
         apply=lambda transformer, options, device: compute_in_base_type(transformer) if is_lora(transformer) else None,
         saves="fp32 copies of the activations that enter a LoRA over a 16-bit layer",
         costs="products of the LoRA are rounded to 16 bits, as those of the base are",
+        needs_lora=True,
+    ),
+    Strategy(
+        name="quantized base",
+        flag="--quantize_base",
+        is_on=lambda options: options.quantize_base is not None,
+        apply=lambda transformer, options, device: _quantize(transformer, options, device),
+        saves="half of the frozen weights in the blocks with int8 and fp8, nearly three quarters with nf4",
+        costs="each layer is dequantized whenever it is used; the base is off by what is rounded",
         needs_lora=True,
     ),
     Strategy(
@@ -96,6 +106,11 @@ STRATEGIES: tuple[Strategy, ...] = (
 )
 
 
+def _quantize(transformer, options: MemoryOptions, device: torch.device) -> None:
+    assert options.quantize_base is not None
+    quantize_base(transformer, options.quantize_base, device)
+
+
 def _swap(transformer, options: MemoryOptions, device: torch.device) -> None:
     assert options.resident_blocks is not None
     if options.resident_blocks < len(transformer.transformer_blocks):
@@ -119,13 +134,15 @@ def check_memory(options: Train, num_processes: int, *, has_scaler: bool) -> Non
             raise UserError(f"{strategy.flag}: needs the blocks to be checkpointed; add --gradient_checkpointing")
         if strategy.needs_lora and method.training_type != "lora":
             raise UserError(
-                f"{strategy.flag}: moves weights that are frozen, and --training_type {method.training_type} trains "
+                f"{strategy.flag}: is for weights that are frozen, and --training_type {method.training_type} trains "
                 "them; leave it out, or take --training_type lora"
             )
         if strategy.needs_one_process and num_processes > 1:
             raise UserError(f"{strategy.flag}: for one GPU only, and there are {num_processes} processes; leave it out")
         if strategy.steps_in_backward:
             _check_steps_in_backward(strategy.flag, options, has_scaler)
+    if options.memory.quantize_base is not None:
+        check_library(options.memory.quantize_base)
 
 
 def _check_steps_in_backward(flag: str, options: Train, has_scaler: bool) -> None:
