@@ -342,3 +342,21 @@ def test_a_library_that_is_missing_is_told(monkeypatch: pytest.MonkeyPatch) -> N
 def test_the_option_offers_every_format() -> None:
     offered = typing.get_type_hints(MemoryOptions)["quantize_base"]
     assert set(typing.get_args(typing.get_args(offered)[0])) == set(FORMATS)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", NAMES)
+def test_a_gpu_quantizes_as_a_cpu_does_and_trains_with_it(
+    name: Any, checkpoint: Checkpoint, prepared: PreparedSet, entries: list[Entry]
+) -> None:
+    gpu = torch.device("cuda")
+    there, here = (frozen_layer(128, 64, torch.bfloat16) for _ in range(2))
+    quantize_layer(there, FORMATS[name], gpu)
+    quantize_layer(here, FORMATS[name], CPU)
+    assert there.weight.device == CPU
+    difference = (there.to(gpu).weight.cpu() != here.weight).float().mean()
+    assert difference <= (0.01 if name == "nf4" else 0)  # where a weight lies between two levels, kernels may differ
+    memories = MemoryOptions(quantize_base=name), dataclasses.replace(MOVED, quantize_base=name)
+    for dtype in TYPES[:2]:
+        courses = [train(checkpoint, prepared, entries, memory, dtype, device=gpu) for memory in memories]
+        assert courses[0] == courses[1]
