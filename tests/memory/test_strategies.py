@@ -193,7 +193,8 @@ PRODIGY = dataclasses.replace(UNCLIPPED, optimizer="prodigy")
     [
         (options_of(MemoryOptions(offload_activations=True)), 1, "--offload_activations: needs the blocks to be check"),
         (options_of(MemoryOptions(resident_blocks=2)), 1, "--resident_blocks: needs the blocks to be checkpointed; ad"),
-        (options_of(MOVING["swapped-2"], "sft"), 1, "--resident_blocks: moves weights that are frozen, and --training"),
+        (options_of(MOVING["swapped-2"], "sft"), 1, "--resident_blocks: is for weights that are frozen, and --trainin"),
+        (options_of(MemoryOptions(quantize_base="int8"), "sft"), 1, "--quantize_base: is for weights that are frozen"),
         (options_of(MOVING["swapped-2"]), 2, "--resident_blocks: for one GPU only, and there are 2 processes"),
         (options_of(IN_BACKWARD), 1, "--optimizer_in_backward: --max_grad_norm 1 clips .* add --max_grad_norm 0"),
         (options_of(IN_BACKWARD, optimizer=UNCLIPPED, accumulate=2), 1, "--gradient_accumulation_steps 2 keeps grad"),
@@ -221,7 +222,7 @@ def test_the_table_names_options_that_exist_and_the_page_names_them_all() -> Non
     page = (Path(__file__).parents[2] / "docs/memory.md").read_text()
     for strategy in STRATEGIES:
         assert strategy.name in page and (strategy.flag or "") in page
-    everything = dataclasses.replace(ALL, optimizer_in_backward=True)
+    everything = dataclasses.replace(ALL, optimizer_in_backward=True, quantize_base="int8")
     assert chosen(everything) == list(STRATEGIES) and len(chosen(MemoryOptions())) == 2
 
 

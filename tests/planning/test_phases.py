@@ -11,6 +11,7 @@ from accelerate import Accelerator
 
 from cogvideox_factory.command_line import parse_command
 from cogvideox_factory.config import Plan
+from cogvideox_factory.memory.quantized_base import FORMATS
 from cogvideox_factory.memory.text_encoder import place_text_encoder
 from cogvideox_factory.memory.tracker import MemoryTracker
 from cogvideox_factory.model.adapters import attach, is_lora, trainable_parameters
@@ -87,6 +88,7 @@ def measured_step(options: Plan, dtype: torch.dtype) -> int:
         ("no", ()),
         ("no", ("--gradient_checkpointing", "--train_batch_size", "2")),
         ("no", ("--gradient_accumulation_steps", "2", "--use_dora", "--ema_decay", "0.9")),
+        *(("bf16", ("--quantize_base", name, "--gradient_checkpointing")) for name in FORMATS),
         ("no", ("--training_type", "sft", "--gradient_checkpointing")),
         ("bf16", ("--training_type", "sft", "--train_batch_size", "2", "--gradient_accumulation_steps", "2")),
         ("bf16", ("--training_type", "sft", "--trainable_dtype", "bf16", "--gradient_checkpointing")),
@@ -103,6 +105,17 @@ def test_a_planned_step_is_the_real_one(
         value.numel() for value in trainable_parameters_of(options, torch_dtype)
     )
     assert planned.peak == pytest.approx(measured + (average or 0), rel=0.02)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_quantized_base_takes_its_bytes(name: str, plan: Plans) -> None:
+    options = plan("--quantize_base", name)
+    with open_configs(options) as checkpoint:
+        real = build_model(options, checkpoint, torch.bfloat16, CPU)
+        with fake_world(), FakeTracker() as tracker:
+            traced = build_model(options, checkpoint, torch.bfloat16, GPU, load=load_transformer)
+            assert is_lora(traced)
+            assert tracker.current == sum(value.nbytes for value in (*real.parameters(), *real.buffers()))
 
 
 def trainable_parameters_of(options: Plan, dtype: torch.dtype) -> list[torch.nn.Parameter]:

@@ -13,6 +13,7 @@ from cogvideox_factory.memory.activations import OffloadedCheckpoints
 from cogvideox_factory.memory.block_swap import swap_blocks
 from cogvideox_factory.memory.feed_forward import chunk_feed_forward
 from cogvideox_factory.memory.lora_precision import compute_in_base_type
+from cogvideox_factory.memory.quantized_base import check_library, quantize_base
 from cogvideox_factory.memory.rotation import rotate_in_parts
 from cogvideox_factory.model.adapters import is_lora
 
@@ -71,6 +72,19 @@ STRATEGIES: tuple[Strategy, ...] = (
         costs="nothing",
     ),
     Strategy(
+        name="quantized base",
+        flag="--quantize_base",
+        is_on=lambda options: options.quantize_base is not None,
+        apply=lambda transformer, options, device: _quantize(transformer, options, device),
+        saves="half of the frozen weights in the blocks with int8 and fp8, nearly three quarters with nf4",
+        costs="each layer is dequantized whenever it is used; the base is off by what is rounded",
+        levers=(
+            Lever({"quantize_base": "int8"}, 1.3, is_exact=False),
+            Lever({"quantize_base": "nf4"}, 1.5, is_exact=False),
+        ),
+        needs_lora=True,
+    ),
+    Strategy(
         name="feed-forward in chunks",
         flag="--feed_forward_chunks",
         is_on=lambda options: options.feed_forward_chunks > 1,
@@ -124,6 +138,11 @@ STRATEGIES: tuple[Strategy, ...] = (
 )
 
 
+def _quantize(transformer, options: MemoryOptions, device: torch.device) -> None:
+    assert options.quantize_base is not None
+    quantize_base(transformer, options.quantize_base, device)
+
+
 def _swap(transformer, options: MemoryOptions, device: torch.device) -> None:
     assert options.resident_blocks is not None
     if options.resident_blocks < len(transformer.transformer_blocks):
@@ -147,13 +166,15 @@ def check_memory(options: Train, num_processes: int, *, has_scaler: bool) -> Non
             raise UserError(f"{strategy.flag}: needs the blocks to be checkpointed; add --gradient_checkpointing")
         if strategy.needs_lora and method.training_type != "lora":
             raise UserError(
-                f"{strategy.flag}: moves weights that are frozen, and --training_type {method.training_type} trains "
+                f"{strategy.flag}: is for weights that are frozen, and --training_type {method.training_type} trains "
                 "them; leave it out, or take --training_type lora"
             )
         if strategy.needs_one_process and num_processes > 1:
             raise UserError(f"{strategy.flag}: for one GPU only, and there are {num_processes} processes; leave it out")
         if strategy.steps_in_backward:
             _check_steps_in_backward(strategy.flag, options, has_scaler)
+    if options.memory.quantize_base is not None:
+        check_library(options.memory.quantize_base)
 
 
 def _check_steps_in_backward(flag: str, options: Train, has_scaler: bool) -> None:

@@ -215,6 +215,7 @@ def _settings(options: Train) -> dict[str, Any]:
         "Batch size": training.train_batch_size,
         "Gradient accumulation steps": training.gradient_accumulation_steps,
         "Precision of the base model": training.mixed_precision or "the checkpoint's own",
+        **({"Base model quantized to": options.memory.quantize_base} if options.memory.quantize_base else {}),
         "Caption dropout": training.caption_dropout,
         "Seed": options.seed,
         **_not_default(options),

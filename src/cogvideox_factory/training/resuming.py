@@ -77,6 +77,7 @@ def new_state(options: Train, checkpoint: Checkpoint, entries: Sequence[Entry], 
             **dataclasses.asdict(options.optimizer),
             **dataclasses.asdict(options.objective),
             "ema_decay": options.method.ema_decay,
+            "quantize_base": options.memory.quantize_base,  # of what uses less memory the one that is felt
             **{name: getattr(options.training, name) for name in TOLD_WHEN_CHANGED},
         },
         order={"clips": hash_of([entry.key for entry in entries]), "seed": sampler.seed},
