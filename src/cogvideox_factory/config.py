@@ -350,8 +350,10 @@ class MemoryOptions(BlockOptions):
     takes time. The LoRA learns beside a base that is slightly off, by about 1% (int8), 2% (fp8) or 5% (nf4) of its
     output; what is exported is for the base as it was. Default: as it is."""
     optimizer_in_backward: bool = False
-    """Step each weight as soon as its gradient is there, and drop the gradient. Needs --max_grad_norm 0 and
-    --gradient_accumulation_steps 1."""
+    """Step each weight as soon as its gradient is there, and drop the gradient. Clipping then takes each step a second
+    forward and backward pass, the first to measure the norm, which --max_grad_norm 0 spares; with
+    --gradient_accumulation_steps, gradients are kept until the last batch: on the host with
+    --use_cpu_offload_optimizer, which alone makes it save much then. One GPU, not with fp16 or prodigy."""
 
 
 @option_group
@@ -408,7 +410,8 @@ class OptimizerOptions:
     """Keep the optimizer's state, and fp32 copies of the weights, in the host's memory, and step there: slower, but the
     GPU holds none of it."""
     offload_gradients: bool = False
-    """With --use_cpu_offload_optimizer: also move each gradient to the host as soon as it is there. One GPU only."""
+    """With --use_cpu_offload_optimizer: also move each gradient to the host as soon as it is there. One GPU only, and
+    without effect with --optimizer_in_backward, which drops them."""
     trainable_dtype: Literal["fp32", "bf16"] = "fp32"
     """How trained weights are kept. fp32: exactly; where the model computes in bf16, beside its copy. bf16: in that
     type alone, rounded up or down by chance after each step, so that small updates count on average: least memory."""

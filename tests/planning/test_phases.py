@@ -50,11 +50,11 @@ def plan(tiny_model: Path) -> Plans:
     return make
 
 
-def planned_step(options: Plan, dtype: torch.dtype) -> Phase:
+def planned_step(options: Plan, dtype: torch.dtype, tracker_class: type[FakeTracker] = FakeTracker) -> Phase:
     """The training step, traced."""
     with open_configs(options) as checkpoint:
         options = resolve(options, checkpoint)
-        with fake_world(), FakeTracker() as tracker:
+        with fake_world(), tracker_class() as tracker:
             transformer = build_model(options, checkpoint, dtype, GPU, load=load_transformer)
             return trace_steps(options, checkpoint, transformer, dtype, tracker).phase
 
@@ -70,7 +70,8 @@ def measured_step(options: Plan, dtype: torch.dtype) -> int:
         tracker = MemoryTracker(CPU)
         with tracker:
             tracker.add([*transformer.parameters(), *transformer.buffers()], "weights")
-            optimizer = build_optimizer(trained, options.optimizer, 1)
+            in_backward = options.memory.optimizer_in_backward
+            optimizer = build_optimizer(trained, options.optimizer, 1, in_backward=in_backward)
             optimizer.param_groups[0]["foreach"] = True  # as on CUDA
             transformer.train()
             for _ in range(2):
@@ -116,6 +117,38 @@ def test_a_quantized_base_takes_its_bytes(name: str, plan: Plans) -> None:
             traced = build_model(options, checkpoint, torch.bfloat16, GPU, load=load_transformer)
             assert is_lora(traced)
             assert tracker.current == sum(value.nbytes for value in (*real.parameters(), *real.buffers()))
+
+
+class OnePlace(FakeTracker):
+    """Counts the host as the device, as a real step on a CPU does."""
+
+    def device_of(self, tensor: torch.Tensor) -> torch.device:
+        return GPU
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--max_grad_norm", "0"),
+        (),  # clipped: forward and backward pass twice
+        ("--max_grad_norm", "0", "--gradient_accumulation_steps", "2"),
+        ("--gradient_accumulation_steps", "2"),
+        ("--max_grad_norm", "0", "--use_cpu_offload_optimizer"),
+        ("--gradient_accumulation_steps", "2", "--use_cpu_offload_optimizer", "--offload_activations"),
+    ],
+    ids=["alone", "clipped", "accumulated", "both", "host", "host-both"],
+)
+def test_a_planned_step_in_the_backward_pass_is_the_real_one(
+    flags: tuple[str, ...], plan: Plans, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FakeTracker, "workspace", lambda *arguments: 0)
+    dtype, precision = torch.float32, ("--mixed_precision", "no", "--gradient_checkpointing")
+    if "--use_cpu_offload_optimizer" in flags:  # else weights on a CPU are their own masters; slow there
+        dtype, precision = torch.bfloat16, ("--mixed_precision", "bf16", "--trainable_dtype", "bf16")
+        precision += ("--gradient_checkpointing", "--frame_buckets", "1")
+    options = plan("--training_type", "sft", "--optimizer_in_backward", *precision, *flags)
+    planned = planned_step(options, dtype, OnePlace)
+    assert planned.peak == pytest.approx(measured_step(options, dtype), rel=0.02)
 
 
 def trainable_parameters_of(options: Plan, dtype: torch.dtype) -> list[torch.nn.Parameter]:

@@ -15,7 +15,12 @@ from torch.nn import Linear, Parameter
 
 from cogvideox_factory.config import OptimizerOptions
 from cogvideox_factory.training.fp32_steps import Fp32Steps, held_weights, round_stochastically, set_weights
-from cogvideox_factory.training.optimizers import build_optimizer, build_schedule, clip_gradients
+from cogvideox_factory.training.optimizers import (
+    backward_passes,
+    build_optimizer,
+    build_schedule,
+    clip_gradients,
+)
 
 SETTINGS = OptimizerOptions(learning_rate=1e-3, beta2=0.9, weight_decay=0.1, lr_scheduler="cosine", lr_warmup_steps=2)
 
@@ -125,6 +130,93 @@ def test_in_the_backward_pass_one_gradient_is_there_at_a_time_and_their_norm_is_
         optimizer.step()
         optimizer.zero_grad()
     assert counts == [1] * 8
+
+
+BF16, ON_HOST = {"trainable_dtype": "bf16"}, {"use_cpu_offload_optimizer": True}
+LEGAL: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
+    "adamw": (torch.float32, {}),
+    "masters": (torch.bfloat16, {}),
+    "rounding by chance": (torch.bfloat16, BF16),
+    "states on the host": (torch.float32, ON_HOST),
+    "masters on the host": (torch.bfloat16, ON_HOST),
+    "8 bit, rounding by chance, on the host": (torch.bfloat16, {"use_8bit": True, **BF16, **ON_HOST}),
+    "gradients on the host too": (torch.bfloat16, {"offload_gradients": True, **BF16, **ON_HOST}),
+    "came": (torch.bfloat16, {"optimizer": "came"}),
+}
+
+
+def accumulated_steps(
+    dtype: torch.dtype, options: OptimizerOptions, num_batches: int, limit: float, *, in_backward: bool
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Five steps of a model with dropout: the weights, and what else there is to compare."""
+    torch.manual_seed(0)
+    layers = [Linear(6, 900), torch.nn.Dropout(0.5), torch.nn.Tanh(), Linear(900, 3)]  # enough for 8-bit states
+    model = torch.nn.Sequential(*layers).to(torch.bfloat16).to(dtype)
+    parameters, accelerator = list(model.parameters()), Accelerator(cpu=True)
+    optimizer = build_optimizer(parameters, options, 1, in_backward=in_backward)
+    schedule, num_passes, norms = build_schedule(optimizer, options, 5), 0, []
+    for step in range(5):
+        for batch in range(num_batches):
+            for _ in backward_passes(optimizer, batch, num_batches, limit):
+                num_passes += 1
+                loss = model(make_batch(step * num_batches + batch).to(dtype)).float().square().mean() / num_batches
+                loss.backward()
+        norms.append(clip_gradients(accelerator, optimizer, parameters, limit))
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+    assert num_passes == (10 if in_backward and num_batches == 1 and limit < float("inf") else 5 * num_batches)
+    held = held_weights(optimizer, dict(model.named_parameters()))
+    return [*parameters, *held.values()], [*norms, torch.get_rng_state()]
+
+
+@pytest.mark.parametrize("limit", [float("inf"), 0.05], ids=["unclipped", "clipped"])
+@pytest.mark.parametrize("num_batches", [1, 3])
+@pytest.mark.parametrize("name", LEGAL)
+def test_in_the_backward_pass_no_bit_is_another(name: str, num_batches: int, limit: float) -> None:
+    """Whatever the optimizer, and however gradients are accumulated and clipped; dropout draws what it would have."""
+    dtype, flags = LEGAL[name]
+    arguments = dtype, dataclasses.replace(SETTINGS, learning_rate=1e-2, **flags), num_batches, limit
+    weights, rest = accumulated_steps(*arguments, in_backward=False)
+    assert all(norm > 0.05 for norm in rest[:5])
+    ours, our_rest = accumulated_steps(*arguments, in_backward=True)
+    assert all(torch.equal(own, theirs) for own, theirs in zip(ours, weights, strict=True))
+    assert all(torch.equal(own, theirs) for own, theirs in zip(our_rest, rest, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("on_host", "num_batches", "limit", "most_on_device", "most_on_host"),
+    [
+        (False, 1, 0.05, 1, 0),
+        (True, 1, 0.05, 1, 0),
+        (False, 3, float("inf"), 4, 0),
+        (True, 3, float("inf"), 1, 4),
+        (True, 3, 0.05, 1, 4),
+    ],
+)
+def test_in_the_backward_pass_gradients_are_kept_only_where_they_must_be(
+    on_host: bool, num_batches: int, limit: float, most_on_device: int, most_on_host: int
+) -> None:
+    model = make_model()
+    parameters = list(model.parameters())
+    on_device, there = [], []
+
+    def count(parameter: Parameter) -> None:
+        on_device.append(sum(other.grad is not None for other in parameters))
+        there.append(len(optimizer._host_gradients))
+
+    for parameter in parameters:  # before the optimizer's own hook
+        parameter.register_post_accumulate_grad_hook(count)
+    optimizer = Fp32Steps(parameters, lambda held: torch.optim.AdamW(held), in_backward=True, on_host=on_host)
+    for batch in range(num_batches):
+        for _ in backward_passes(optimizer, batch, num_batches, limit):
+            model(make_batch(batch).bfloat16()).float().square().mean().backward()
+    assert max(on_device) == most_on_device and max([*there, len(optimizer._host_gradients)]) == most_on_host
+    if limit == float("inf"):  # each was dropped as its weight was stepped
+        assert not optimizer._host_gradients and all(parameter.grad is None for parameter in parameters)
+    clip_gradients(Accelerator(cpu=True), optimizer, parameters, limit)
+    optimizer.step()
+    assert not optimizer._host_gradients and all(parameter.grad is None for parameter in parameters)
 
 
 @pytest.mark.parametrize("name", ["masters", "on the host, gradients too"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,8 @@ from cogvideox_factory.memory.lora_precision import compute_in_base_type
 from cogvideox_factory.memory.quantized_base import check_library, quantize_base
 from cogvideox_factory.memory.rotation import rotate_in_parts
 from cogvideox_factory.model.adapters import is_lora
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -130,7 +133,7 @@ STRATEGIES: tuple[Strategy, ...] = (
         is_on=lambda options: options.optimizer_in_backward,
         apply=lambda transformer, options, device: None,  # it is how the optimizer is built
         saves="the gradients of all weights but one",
-        costs="no clipping to a common norm, no accumulated batches",
+        costs="with clipping, both passes twice; gradients of accumulated batches are kept after all",
         levers=(Lever({"optimizer_in_backward": True}, 1.9),),  # with clipping, which takes a second pass
         needs_one_process=True,
         steps_in_backward=True,
@@ -179,16 +182,20 @@ def check_memory(options: Train, num_processes: int, *, has_scaler: bool) -> Non
 
 def _check_steps_in_backward(flag: str, options: Train, has_scaler: bool) -> None:
     """Raises UserError for what has to see all gradients of a step at once."""
-    norm, batches = options.optimizer.max_grad_norm, options.training.gradient_accumulation_steps
-    if norm:
-        raise UserError(
-            f"{flag}: --max_grad_norm {norm:g} clips by the norm of all gradients, which are never there together; add "
-            "--max_grad_norm 0"
+    if options.optimizer.offload_gradients:
+        logger.warning("--offload_gradients: without effect with %s, which drops gradients instead", flag)
+    num_batches, limit = options.training.gradient_accumulation_steps, options.optimizer.max_grad_norm
+    if num_batches > 1 and not options.optimizer.use_cpu_offload_optimizer:
+        logger.warning(
+            "%s: saves %s with --gradient_accumulation_steps %d, whose gradients are kept on the GPU; take 1 and a "
+            "larger --train_batch_size, or add --use_cpu_offload_optimizer",
+            *(flag, "nothing" if limit else "little", num_batches),
         )
-    if batches > 1:
-        raise UserError(
-            f"{flag}: --gradient_accumulation_steps {batches} keeps gradients from batch to batch; take 1, and a "
-            "larger --train_batch_size"
+    elif num_batches == 1 and limit:
+        logger.info(
+            "%s: clips to --max_grad_norm %g by running each step's forward and backward pass twice; --max_grad_norm 0 "
+            "spares that",
+            *(flag, limit),
         )
     if options.optimizer.optimizer == "prodigy":
         raise UserError(f"{flag}: prodigy finds one rate from all gradients together; take --optimizer adamw")

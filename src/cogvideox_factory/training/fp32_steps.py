@@ -3,7 +3,9 @@
 bf16 keeps 8 significant bits, so that an update of less than 1/512 of a weight rounds to nothing, and most updates of
 a fine-tuning are smaller. Two ways out: fp32 *master weights* beside the bf16 copy that computes, or a fp32 copy for
 the moment of the step and *stochastic rounding* back, which is right on average (Gupta et al. 2015,
-https://arxiv.org/abs/1502.02551). With the optimizer on the host, masters and states lie there.
+https://arxiv.org/abs/1502.02551). With the optimizer on the host, masters and states lie there. Steps can be taken
+within the backward pass, so that the gradients of all weights are never there together (Lv et al. 2023, LOMO,
+https://arxiv.org/abs/2306.09782).
 
 Rejected: torchao's `bf16_stochastic_round`, which only its Adam has, which draws from the global generator (ranks
 would drift apart), and whose unquantized states would be bf16. torchao's `CPUOffloadOptimizer`, which copies gradients
@@ -12,12 +14,23 @@ to the host as they arrive: clipping and the average over ranks then come too la
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch.nn import Parameter
+
+PIECE = 1 << 23  # numbers that are converted or rounded at a time, so that temporary copies stay small
+
+
+class OnGradient(enum.Enum):
+    """What an optimizer in the backward pass does with a gradient as soon as it is there."""
+
+    KEEP = enum.auto()  # adds it to those of earlier batches, on the host where the states are there
+    MEASURE = enum.auto()  # keeps its norm and drops it
+    STEP = enum.auto()  # steps its weight, with the gradients that were kept added, and drops them
 
 
 class Fp32Steps(torch.optim.Optimizer):
@@ -41,7 +54,7 @@ class Fp32Steps(torch.optim.Optimizer):
         """`build` makes the inner optimizer, with one parameter group. `on_host`: masters and states are in the
         host's memory. `offload_gradients`: gradients go there too, each as soon as the backward pass has made it.
         `one_by_one` is false for an optimizer whose step looks at all weights together. `in_backward`: each weight is
-        stepped as soon as the backward pass has made its gradient, which is dropped with that."""
+        stepped as soon as the backward pass has made its gradient, where `backward_passes` does not say otherwise."""
         assert one_by_one or not in_backward
         self._rounds_stochastically = stochastic_rounding
         self._on_host = on_host
@@ -49,13 +62,16 @@ class Fp32Steps(torch.optim.Optimizer):
         self._stand_ins = {parameter: self._stand_in(parameter) for parameter in parameters}
         self._inner = build(list(self._stand_ins.values()))
         assert len(self._inner.param_groups) == 1
+        self._number_of = {parameter: number for number, parameter in enumerate(parameters)}
         self._num_steps = 0
         self._generators: dict[torch.device, torch.Generator] = {}
         self._host_gradients: dict[Parameter, torch.Tensor] = {}
         self._in_backward = in_backward
+        self._on_gradient = OnGradient.STEP
         self._norms: dict[Parameter, torch.Tensor] = {}  # of the gradients of this step that are gone
+        self._clip: Callable[[Parameter], None] | None = None
         for parameter in parameters if offload_gradients or in_backward else ():
-            parameter.register_post_accumulate_grad_hook(self._step_now if in_backward else self._move_gradient)
+            parameter.register_post_accumulate_grad_hook(self._take_gradient if in_backward else self._move_gradient)
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
@@ -78,12 +94,44 @@ class Fp32Steps(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         self._num_steps = state_dict.get("num_steps", 0)
-        self._generators.clear()  # which are seeded by it
         self._inner.load_state_dict({name: state_dict[name] for name in ("state", "param_groups")})
 
     def held_weight(self, parameter: Parameter) -> torch.Tensor:
         """What is trained of a parameter of the model: its master, where it has one."""
         return parameter if self._is_filled_for_the_step(parameter) else self._stand_ins[parameter]
+
+    def backward_passes(self, batch: int, num_batches: int, limit: float) -> Iterator[None]:
+        """Yields once for each forward and backward pass that a batch (0, 1, …) of a step takes, and sees to what
+        becomes of its gradients. `limit` is the norm to which the step's gradients are clipped, or infinity.
+
+        An optimizer outside of the backward pass takes one, and steps in `step`. In the backward pass:
+
+        - One batch, no clipping: each weight is stepped as its gradient comes.
+        - One batch, clipping: the first pass measures the norm, the second repeats it with the same random numbers and
+          steps each weight with its gradient scaled.
+        - Several batches, no clipping: gradients are kept and added up; in the last batch's pass each weight is stepped
+          as its sum is complete.
+        - Several batches, clipping: all sums have to be there before one of them may be used. They are kept, and used
+          up weight by weight in `step`; one pass a batch is enough.
+        """
+        if not self._in_backward:
+            yield
+            return
+        clips = limit < float("inf")
+        if num_batches > 1 and (clips or batch + 1 < num_batches):
+            self._on_gradient = OnGradient.KEEP
+            yield
+            return
+        if clips:
+            self._on_gradient = OnGradient.MEASURE
+            devices = {parameter.device for parameter in self._stand_ins if parameter.device.type == "cuda"}
+            with torch.random.fork_rng(devices):  # for dropout; noise and timesteps belong to the clip
+                yield
+            norm = self.norm_of_dropped_gradients()
+            if norm is not None:
+                self._clip = lambda parameter: torch.nn.utils.clip_grads_with_norm_(parameter, limit, norm)
+        self._on_gradient = OnGradient.STEP
+        yield
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -97,22 +145,22 @@ class Fp32Steps(torch.optim.Optimizer):
         for pairs in [[pair] for pair in stepping] if self._one_by_one else [stepping]:
             self._step(pairs)
         self._num_steps += 1
-        for generator in self._generators.values():
-            generator.manual_seed(self._num_steps)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         assert set_to_none
         self._host_gradients.clear()
+        self._on_gradient = OnGradient.STEP
         self._norms.clear()
+        self._clip = None
         for parameter in self._stand_ins:
             parameter.grad = None
 
     def norm_of_dropped_gradients(self) -> torch.Tensor | None:
-        """The norm of this step's gradients together, where they are gone already; None where they are not."""
-        if not self._in_backward:
-            return None
-        norms = [self._norms[parameter] for parameter in self._stand_ins if parameter in self._norms]
-        return torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
+        """The norm of this step's gradients together, where they are gone already; None where they are not.
+
+        As `clip_grad_norm_` finds it: the norm of the norms, in the order of the weights.
+        """
+        return torch.nn.utils.get_total_norm(self._in_order(self._norms)) if self._norms else None
 
     @torch.no_grad()
     def clip_host_gradients(self, limit: float) -> torch.Tensor | None:
@@ -121,12 +169,16 @@ class Fp32Steps(torch.optim.Optimizer):
         None where there are none."""
         if not self._host_gradients:
             return None
-        gradients = list(self._host_gradients.values())
+        gradients = self._in_order(self._host_gradients)
         norm = torch.nn.utils.get_total_norm(gradients)
         scale = (limit / (norm + 1e-6)).clamp(max=1.0)
         for gradient in gradients:
             gradient.mul_(scale)
         return norm
+
+    def _in_order(self, of_parameters: Mapping[Parameter, torch.Tensor]) -> list[torch.Tensor]:
+        """Values in the order of the weights, in which the norm of all is summed."""
+        return [of_parameters[parameter] for parameter in self._stand_ins if parameter in of_parameters]
 
     def _is_filled_for_the_step(self, parameter: Parameter) -> bool:
         return self._rounds_stochastically and parameter.dtype == torch.bfloat16
@@ -138,7 +190,7 @@ class Fp32Steps(torch.optim.Optimizer):
             return Parameter(torch.empty(0, device=device))
         if parameter.dtype == torch.float32 and parameter.device == device:
             return parameter
-        return Parameter(parameter.detach().to(device, torch.float32))
+        return Parameter(_in_fp32(parameter.detach(), device))
 
     def _move_gradient(self, parameter: Parameter) -> None:
         """After the backward pass of a parameter: its gradient goes to the host, added to that of earlier batches."""
@@ -148,11 +200,24 @@ class Fp32Steps(torch.optim.Optimizer):
         parameter.grad = None
 
     @torch.no_grad()
-    def _step_now(self, parameter: Parameter) -> None:
-        """After the backward pass of a parameter: it is stepped, and its gradient used up."""
-        assert parameter.grad is not None and parameter not in self._norms, "gradients would have to be accumulated"
-        self._norms[parameter] = torch.linalg.vector_norm(parameter.grad)
-        self._step([(parameter, self._stand_ins[parameter])])
+    def _take_gradient(self, parameter: Parameter) -> None:
+        """After the backward pass of a parameter, with the optimizer in it."""
+        keeps = self._on_gradient == OnGradient.KEEP
+        if parameter in self._host_gradients or (keeps and self._on_host):
+            self._move_gradient(parameter)
+        if keeps:
+            return
+        if self._clip is None:
+            assert parameter not in self._norms, "a second pass, without `backward_passes`"
+            gradient = self._host_gradients.get(parameter, parameter.grad)
+            assert gradient is not None
+            self._norms[parameter] = torch.nn.utils.get_total_norm([gradient])
+        else:
+            self._clip(parameter)
+        if self._on_gradient == OnGradient.MEASURE:
+            parameter.grad = None
+        else:
+            self._step([(parameter, self._stand_ins[parameter])])
 
     def _step(self, pairs: list[tuple[Parameter, Parameter]]) -> None:
         for parameter, stand_in in pairs:
@@ -167,22 +232,25 @@ class Fp32Steps(torch.optim.Optimizer):
         assert gradient is not None
         parameter.grad = None
         if self._is_filled_for_the_step(parameter):
-            stand_in.data = parameter.detach().to(stand_in.device, torch.float32)
-        stand_in.grad = gradient.to(stand_in.device, torch.float32)
+            stand_in.data = _in_fp32(parameter.detach(), stand_in.device)
+        stand_in.grad = _in_fp32(gradient, stand_in.device)
 
     def _give_back(self, parameter: Parameter, stand_in: Parameter) -> None:
         stand_in.grad = None
         if self._is_filled_for_the_step(parameter):
-            parameter.copy_(round_stochastically(stand_in.detach(), self._generator(stand_in.device)))
+            generator = self._generator(parameter, stand_in.device)
+            for piece, exact in _pieces(parameter, stand_in.detach()):
+                piece.copy_(round_stochastically(exact, generator))
             stand_in.data = torch.empty(0, device=stand_in.device)
         elif stand_in is not parameter:
-            parameter.copy_(stand_in)
+            _copy(parameter, stand_in.detach())
 
-    def _generator(self, device: torch.device) -> torch.Generator:
-        """Seeded by the step's number: the same on every rank, and after a resume."""
+    def _generator(self, parameter: Parameter, device: torch.device) -> torch.Generator:
+        """Seeded by the numbers of step and weight: the same on every rank, after a resume, and in whatever order the
+        weights are stepped."""
         if device not in self._generators:
-            self._generators[device] = torch.Generator(device).manual_seed(self._num_steps)
-        return self._generators[device]
+            self._generators[device] = torch.Generator(device)
+        return self._generators[device].manual_seed(self._num_steps << 20 | self._number_of[parameter])
 
     @contextmanager
     def _only(self, stand_ins: list[Parameter]) -> Iterator[None]:
@@ -195,13 +263,42 @@ class Fp32Steps(torch.optim.Optimizer):
             group["params"] = everything
 
 
+def _pieces(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    """The same rows of tensors of one shape, of about `PIECE` numbers at a time."""
+    rows = [torch.atleast_1d(tensor) for tensor in tensors]
+    height = max(1, PIECE * len(rows[0]) // max(1, rows[0].numel()))
+    return zip(*(each.split(height) for each in rows), strict=True)
+
+
+def _copy(target: torch.Tensor, source: torch.Tensor) -> None:
+    """Between devices, numbers travel in the narrower type, converted piece by piece on either side.
+
+    torch would convert all of them at once where they come from, which takes the GPU a whole fp32 copy.
+    """
+    if target.device == source.device:
+        target.copy_(source)
+        return
+    narrower = min(target.dtype, source.dtype, key=lambda dtype: dtype.itemsize)
+    for piece, part in _pieces(target, source):
+        piece.copy_(part.to(narrower).to(target.device))
+
+
+def _in_fp32(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A fp32 copy on a device; the tensor itself where it is one."""
+    if tensor.dtype == torch.float32 and tensor.device == device:
+        return tensor
+    copy = torch.empty_like(tensor, dtype=torch.float32, device=device)
+    _copy(copy, tensor)
+    return copy
+
+
 def round_stochastically(values: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
     """fp32 values as bf16, up or down by chance, so that the mean over many roundings is the value itself.
 
     bf16 is the upper half of a fp32 number: adding a random lower half carries over as often as it should.
     """
-    noise = torch.randint(0, 1 << 16, values.shape, dtype=torch.int32, device=values.device, generator=generator)
-    rounded = ((values.view(torch.int32) + noise) & -(1 << 16)).view(torch.float32)
+    bits = torch.randint(0, 1 << 16, values.shape, dtype=torch.int32, device=values.device, generator=generator)
+    rounded = bits.add_(values.view(torch.int32)).bitwise_and_(-(1 << 16)).view(torch.float32)
     return torch.where(values.isfinite(), rounded, values).bfloat16()  # a NaN must not carry over into a number
 
 

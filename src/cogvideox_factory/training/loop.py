@@ -39,7 +39,13 @@ from cogvideox_factory.training.hub import open_repository
 from cogvideox_factory.training.metrics import MemoryMeter, MetricsLog
 from cogvideox_factory.training.model_card import Trained, write_model_card
 from cogvideox_factory.training.objective import velocity_loss
-from cogvideox_factory.training.optimizers import build_optimizer, check_optimizer, clip_gradients, effective_rate
+from cogvideox_factory.training.optimizers import (
+    backward_passes,
+    build_optimizer,
+    check_optimizer,
+    clip_gradients,
+    effective_rate,
+)
 from cogvideox_factory.training.resuming import resume, schedule_at
 from cogvideox_factory.training.run_data import TrainingData, check_data_sets, clips_of, prepare_data
 from cogvideox_factory.training.run_options import claim_run_folder, resolve_options, without_resume
@@ -303,15 +309,17 @@ def optimizer_step(
     Every clip of the step weighs the same, whatever batch and rank it came in.
     """
     total = torch.zeros((), device=accelerator.device)
+    limit = options.optimizer.max_grad_norm or float("inf")
+    num_batches = len(step.batches)
     for index, batch in enumerate(step.batches):
-        is_last = index + 1 == len(step.batches)
+        is_last = index + 1 == num_batches
         # Engines average gradients over ranks, once, after the last batch.
         with contextlib.nullcontext() if is_last else accelerator.no_sync(model):
-            losses = velocity_loss(model, denoiser, scheduler, batch.to(accelerator.device), options.objective)
-            loss = losses.mean() * batch.share
-            accelerator.backward(loss * accelerator.num_processes)
+            for _ in backward_passes(optimizer, index, num_batches, limit):  # one, or two that are alike
+                losses = velocity_loss(model, denoiser, scheduler, batch.to(accelerator.device), options.objective)
+                loss = losses.mean() * batch.share
+                accelerator.backward(loss * accelerator.num_processes)
         total += loss.detach()
-    limit = options.optimizer.max_grad_norm or float("inf")
     grad_norm = clip_gradients(accelerator, optimizer, parameters, limit)
     optimizer.step()
     optimizer.zero_grad()

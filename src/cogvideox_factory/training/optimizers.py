@@ -146,7 +146,7 @@ def build_optimizer(
     """The optimizer that the options name; `clips_per_step` counts all ranks and accumulated batches.
 
     Parameters are fp32 or bf16; those in bf16 get fp32 masters or are rounded stochastically, as the options say.
-    `in_backward`: each is stepped within the backward pass, which must be the only one of its step.
+    `in_backward`: each is stepped within the backward pass, as `backward_passes` says.
     `class_of` gives the class; planning has stand-ins for those that need a GPU's kernels.
     """
     options = resolve_optimizer_options(options)
@@ -200,19 +200,27 @@ def keep_settings(optimizer: torch.optim.Optimizer, settings: list[dict[str, Any
     optimizer.param_groups[:] = [{**own, **loaded} for own, loaded in zip(settings, learned, strict=True)]
 
 
+def backward_passes(optimizer: torch.optim.Optimizer, batch: int, num_batches: int, limit: float) -> Iterable[None]:
+    """One item for each forward and backward pass that a batch (0, 1, …) of a step takes; see
+    `Fp32Steps.backward_passes`. `limit` is the norm to clip to, or infinity."""
+    raw = getattr(optimizer, "optimizer", optimizer)  # within accelerate's
+    return raw.backward_passes(batch, num_batches, limit) if isinstance(raw, Fp32Steps) else (None,)
+
+
 def clip_gradients(
     accelerator: Accelerator,
     optimizer: torch.optim.Optimizer,
     parameters: list[torch.nn.Parameter],
     limit: float,
 ) -> torch.Tensor:
-    """Scale gradients down to a common norm of `limit`, wherever they are; the norm before."""
-    raw = getattr(optimizer, "optimizer", optimizer)  # within accelerate's
-    norm = raw.norm_of_dropped_gradients() if isinstance(raw, Fp32Steps) else None
-    if norm is not None:
-        assert limit == float("inf"), "they were used before their common norm was known"
-        return norm
-    norm = raw.clip_host_gradients(limit) if isinstance(raw, Fp32Steps) else None
+    """Scale gradients down to a common norm of `limit`, wherever they are; the norm before.
+
+    Those that were used up in the backward pass were scaled there, as `backward_passes` was told."""
+    raw = getattr(optimizer, "optimizer", optimizer)
+    norm = None
+    if isinstance(raw, Fp32Steps):
+        norm = raw.norm_of_dropped_gradients()
+        norm = raw.clip_host_gradients(limit) if norm is None else norm
     return accelerator.clip_grad_norm_(parameters, limit) if norm is None else norm
 
 
