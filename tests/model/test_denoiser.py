@@ -215,6 +215,28 @@ def assert_same(name: str, ours: Any, theirs: Any) -> None:
         assert torch.equal(ours, theirs), name
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_positions_of_sines_are_kept_in_the_type_that_computes(family: Open, dtype: torch.dtype) -> None:
+    checkpoint = family("2b")
+    stock = CogVideoXTransformer3DModel.from_pretrained(checkpoint.folder, subfolder="transformer", dtype=dtype)
+    ours = load_transformer(checkpoint, dtype)
+    assert stock.patch_embed.pos_embedding.dtype == torch.float64
+    assert ours.patch_embed.pos_embedding.dtype == dtype
+    generator = torch.Generator().manual_seed(0)
+    channels, height, width = (stock.config[name] for name in ("in_channels", "sample_height", "sample_width"))
+    frames = (stock.config.sample_frames - 1) // stock.config.temporal_compression_ratio + 1
+    for size in ((frames, height, width), (frames + 1, height, width)):  # which the kept ones are for, and another
+        inputs = {
+            "hidden_states": torch.randn(1, size[0], channels, *size[1:], generator=generator).to(dtype),
+            "encoder_hidden_states": torch.randn(
+                1, stock.config.max_text_seq_length, stock.config.text_embed_dim, generator=generator
+            ).to(dtype),
+            "timestep": torch.tensor([5]),
+        }
+        with torch.no_grad():
+            assert torch.equal(ours(**inputs).sample, stock(**inputs).sample)
+
+
 def test_learned_positions_are_left_out_only_where_that_is_asked_for(family: Open) -> None:
     checkpoint = family("5b-I2V")
     asked = with_conditioning(checkpoint, ConditioningOptions(ignore_learned_positional_embeddings=True))

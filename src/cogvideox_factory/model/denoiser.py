@@ -45,12 +45,13 @@ def follow_config(transformer, checkpoint: Checkpoint) -> None:
 
 
 def round_positions(transformer, dtype: torch.dtype) -> None:
-    """Keep positions of sines in the type that a transformer computes in; the forward pass converts them to it.
+    """Keep positions that are added in the type that a transformer computes in; the forward pass converts them to it.
 
-    diffusers keeps them in float64 and converts them in every call: the same to the bit, in four times the memory.
+    diffusers keeps those of sines in float64 and converts them in every call: the same to the bit, in four times the
+    memory. Learned ones have the type already.
     """
     patch_embed = transformer.patch_embed
-    if patch_embed.use_positional_embeddings and not patch_embed.use_learned_positional_embeddings:
+    if hasattr(patch_embed, "pos_embedding"):
         patch_embed.pos_embedding = patch_embed.pos_embedding.to(dtype)
 
 

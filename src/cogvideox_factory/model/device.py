@@ -17,3 +17,5 @@ def free_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+        if hasattr(torch.accelerator, "empty_host_cache"):  # page-locked memory; torch 2.6 has no call for it
+            torch.accelerator.empty_host_cache()

@@ -148,7 +148,6 @@ def trace_validation(options: Plan, checkpoint: Checkpoint, decodings: Calls | N
             )
             tracker.add(_tensors(pipeline.vae), "weights")
             remember_calls(pipeline.vae.decoder, tracker, decodings)
-            tracker.start_phase()
             embeds = torch.empty(_embeds_shape(options, checkpoint), dtype=dtype, device=GPU)
             make_video(pipeline, options, checkpoint, tracker, prompt_embeds=embeds, negative_prompt_embeds=embeds)
             pipeline.vae = None
