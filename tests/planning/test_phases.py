@@ -204,7 +204,11 @@ def test_states_on_the_host_leave_the_gpu(plan: Plans) -> None:
     there = planned_step(plan(*flags, "--use_cpu_offload_optimizer"), torch.bfloat16)
     weights = there.parts["weights"] // 2  # numbers of 2 bytes
     assert here.parts["optimizer"] - there.parts["optimizer"] >= 0.95 * 12 * weights
-    assert there.host - here.host == pytest.approx(12 * weights, rel=0.05)  # master and two states of 4 bytes
+    # A master and two states of 4 bytes; at the update, as the host's highest moment may be that of loading.
+    hosts = [
+        max(stage.host for (name, _), stage in phase.stages.items() if name == "update") for phase in (here, there)
+    ]
+    assert hosts[1] - hosts[0] == pytest.approx(12 * weights, rel=0.05)
 
 
 @pytest.mark.parametrize("name", ["2b", "5b-I2V", "1.5-5B", "1.5-5B-I2V"])
