@@ -186,7 +186,7 @@ class _Search:
 
     def _found(self, values: Values, *, fits: bool) -> Found:
         options = with_values(self.options, values)
-        return Found(options, values, self.traces.phases(options), fits, self.looks)
+        return Found(options, values, [self.traces.phase(name, options) for name in self.names], fits, self.looks)
 
 
 def _groups(options: Plan) -> Groups:

@@ -49,8 +49,8 @@ def nothing_fits(found: Found) -> str:
     phases = ", ".join(f"{phase.name} {phase.peak / GIB:.2f}" for phase in found.phases)
     return (
         f"--gpu_memory {budget.gpu_memory:g}{of_host}: nothing that is known fits. The most sparing settings "
-        f"({flags_of(found.values) or 'those given'}) need a GPU of {highest / GIB + CONTEXT_GIB:.1f} GiB and "
-        f"{host / GIB + PROGRAM_GIB:.1f} GiB of host memory (planned: {phases} GiB, and {CONTEXT_GIB} for the CUDA "
+        f"({flags_of(found.values) or 'those given'}) need a GPU of {highest / GIB + CONTEXT_GIB:.2f} GiB and "
+        f"{host / GIB + PROGRAM_GIB:.2f} GiB of host memory (planned: {phases} GiB, and {CONTEXT_GIB} for the CUDA "
         "context). Take smaller or fewer frames (--height_buckets, --width_buckets, --frame_buckets), a smaller "
         "--train_batch_size"
         + (", --training_type lora" if found.options.method.training_type == "sft" else "")
@@ -63,11 +63,11 @@ def does_not_fit(options: Plan, phases: Sequence[Phase], found: Found) -> str:
     gpu, host = options.budget.gpu_memory, options.budget.host_memory
     assert gpu is not None and host is not None
     needs = ", ".join(
-        f"{phase.name} {phase.peak / GIB + CONTEXT_GIB:.1f} GiB of the GPU and {phase.host / GIB + PROGRAM_GIB:.1f} of "
+        f"{phase.name} {phase.peak / GIB + CONTEXT_GIB:.2f} GiB of the GPU and {phase.host / GIB + PROGRAM_GIB:.2f} of "
         "the machine"
         for phase in phases
     )
-    asked = f"these settings do not fit into {gpu:.1f} GiB of the GPU (--gpu_memory) and {host:.1f} GiB of the machine "
+    asked = f"these settings do not fit into {gpu:.2f} GiB of the GPU (--gpu_memory) and {host:.2f} GiB of the machine "
     asked += f"(--host_memory). Planned: {needs}. "
     if not found.fits:
         return asked + nothing_fits(found)
