@@ -89,9 +89,10 @@ def failure_message(error: Exception) -> str | None:
         return str(error)
     if type(error).__name__ == "OutOfMemoryError":  # of torch, which must not be imported here for its name alone
         return (
-            f"{error}\nWhat needs less memory: --gradient_checkpointing, with it --offload_activations and, for a "
-            "LoRA, --resident_blocks 2; --feed_forward_chunks 8, --use_tiling and --enable_tiling, --train_batch_size "
-            "1, smaller --height_buckets and --width_buckets, --enable_model_cpu_offload"
+            f"{error}\nWhat needs less memory: let --fit choose, within a smaller --gpu_memory than it has now; or "
+            "smaller --height_buckets and --width_buckets, fewer --frame_buckets, --train_batch_size 1. By hand: "
+            "--gradient_checkpointing, with it --offload_activations and, for a LoRA, --resident_blocks 2; "
+            "--feed_forward_chunks 8, --use_tiling and --enable_tiling, --enable_model_cpu_offload"
         )
     return None
 
