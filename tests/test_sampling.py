@@ -34,6 +34,7 @@ from cogvideox_factory.config import (
 from cogvideox_factory.data.buckets import Bucket
 from cogvideox_factory.demo.tiny_model import build_tiny_pipeline
 from cogvideox_factory.memory.block_swap import BlockSwap, swap_of
+from cogvideox_factory.memory.rotation import RotationInParts
 from cogvideox_factory.memory.set_aside import set_model_aside
 from cogvideox_factory.model.adapters import LORA_FILE, attach_lora, save_lora, trainable_parameters
 from cogvideox_factory.model.denoiser import load_scheduler, load_transformer
@@ -253,6 +254,7 @@ def test_models_that_pass_through_the_memory_make_the_same_frames(
     if asides:  # the LoRA travels too
         moved = swaps[-1].parameters()
         blocks = asides[0].transformer_blocks
+        assert all(type(attention) is RotationInParts for attention in asides[0].attn_processors.values())
         assert moved == set(blocks.parameters()) and any("lora_A" in name for name, _ in blocks.named_parameters())
 
 

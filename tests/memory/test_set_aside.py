@@ -68,6 +68,16 @@ def test_the_device_holds_none_of_it_and_what_was_on_the_host_stays_there() -> N
         assert [value.device for value in (model.weight, model.bias, states, elsewhere)] == [GPU, GPU, GPU, HOST]
 
 
+def test_a_device_without_a_number_is_the_one_that_there_is() -> None:
+    """As of a training on one GPU, whose tensors are on cuda:0 and whose device is cuda."""
+    with fake_world(), FakeTracker() as tracker:
+        tensor = torch.zeros(100, device=GPU)
+        assert GPU.index == 0 and CPU.index is None
+        with set_aside([tensor], CPU):
+            assert tracker.current == 0
+        assert tensor.device == GPU and tracker.current == 400
+
+
 def test_tensors_that_are_made_of_others_are_moved_by_their_parts() -> None:
     from torchao.optim.subclass_8bit import OptimState8bit
 

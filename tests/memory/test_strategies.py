@@ -27,6 +27,7 @@ from cogvideox_factory.data.store import Entry, PreparedSet
 from cogvideox_factory.memory.activations import OffloadedCheckpoints
 from cogvideox_factory.memory.block_swap import BlockSwap
 from cogvideox_factory.memory.feed_forward import ChunkedFeedForward
+from cogvideox_factory.memory.rotation import RotationInParts
 from cogvideox_factory.memory.split_checkpoints import SplitBlock
 from cogvideox_factory.memory.strategies import STRATEGIES, check_memory, chosen
 from cogvideox_factory.model.denoiser import load_scheduler
@@ -35,6 +36,7 @@ from cogvideox_factory.sampling import generate, pipeline_in_memory
 from cogvideox_factory.training import loop
 from cogvideox_factory.training.metrics import read_metrics
 from cogvideox_factory.training.optimizers import build_optimizer
+from cogvideox_factory.training.validation import Validation
 
 CHECKPOINTED = MemoryOptions(gradient_checkpointing=True)
 MOVING: dict[str, MemoryOptions] = {
@@ -287,6 +289,7 @@ def test_the_loop_builds_a_model_with_what_is_asked_for(
 
     def look(number: int, transformer) -> None:
         assert all(isinstance(block.ff, ChunkedFeedForward) for block in transformer.transformer_blocks)
+        assert all(type(attention) is RotationInParts for attention in transformer.attn_processors.values())
 
     train(checkpoint, prepared, entries, ALL, num_steps=1, before_step=look)
     (swap,), (offloaded,) = swaps, checkpoints
@@ -349,11 +352,21 @@ def test_a_run_with_all_of_them_that_was_resumed_is_that_without(
         built.append(in_backward)
         return build_optimizer(*arguments, in_backward=in_backward)
 
+    held: dict[int, int] = {}  # bytes that the training keeps besides the model, by step
+    validate = Validation.run_in_memory
+
+    def look(self: Validation, step: int, *arguments: Any) -> None:
+        held[step] = sum(tensor.nbytes for tensor in arguments[-1])
+        validate(self, step, *arguments)
+
+    monkeypatch.setattr(Validation, "run_in_memory", look)
     monkeypatch.setattr(loop, "build_optimizer", build)
     run("plain", 4)
     run("all", 3, *all_flags, "--optimizer_in_backward")  # which its checkpoint does not depend on
     run("all", 4, *all_flags, "--resume_from_checkpoint", "latest")
     assert built == [False, True, False]
+    average = held[0]  # before the first step the optimizer has no states
+    assert average > 0 and 3 * average < held[2] < 3.1 * average
     written = ["pytorch_lora_weights.safetensors"]
     written += [f"checkpoints/step-00000004/{name}.safetensors" for name in ("trainable", "ema", "optimizer")]
     for file in written:

@@ -53,6 +53,8 @@ class Formula:
             kept = self.activations // (4 if memory.gradient_checkpointing else 1)
             if memory.offload_activations:
                 kept, host = kept // 2, host + kept // 2
+            if memory.split_checkpoints:
+                kept, host = kept * 4 // 5, host + kept
             gradients = 0
             if options.method.training_type == "sft":
                 gradients = 0 if memory.optimizer_in_backward or optimizer.offload_gradients else self.weights
@@ -73,7 +75,7 @@ def all_steps(options: Plan) -> Iterator[tuple[dict[str, Any], float, bool]]:
     """Values, slowdown and exactness of every way to make a step, for the formula with two resident blocks."""
     is_lora = options.method.training_type == "lora"
     rows = {strategy.flag: strategy.levers for strategy in STRATEGIES}
-    names = ("gradient_checkpointing", "offload_activations", "feed_forward_chunks")
+    names = ("gradient_checkpointing", "offload_activations", "feed_forward_chunks", "split_checkpoints")
     groups: list[tuple[Lever, ...]] = [rows[f"--{name}"] for name in names]
     if is_lora:
         groups += [rows["--resident_blocks"], STATES[2:3], rows.get("--quantize_base", ())]
@@ -83,6 +85,8 @@ def all_steps(options: Plan) -> Iterator[tuple[dict[str, Any], float, bool]]:
         levers = [lever for lever in chosen if lever]
         values = {name: value for lever in levers for name, value in lever.values.items()}
         if not values.get("gradient_checkpointing") and {"offload_activations", "resident_blocks"} & set(values):
+            continue
+        if values.get("split_checkpoints") and (not values.get("offload_activations") or "resident_blocks" in values):
             continue
         if values.get("optimizer_in_backward") and values.get("offload_gradients"):
             continue

@@ -23,16 +23,16 @@ def set_aside(tensors: Iterable[torch.Tensor], device: torch.device) -> Iterator
 
     In the end all is as it was, also after an error; tensors stay the same objects.
     """
-    left: list[torch.Tensor] = []
+    left: list[tuple[torch.Tensor, torch.device]] = []
     try:
         for tensor in dict.fromkeys(part for whole in tensors for part in _plain(whole)):
-            if tensor.device == device:
-                left.append(tensor)
+            if _is_on(tensor, device):
+                left.append((tensor, tensor.device))
                 tensor.data = tensor.data.to("cpu", copy=True)
         yield
     finally:
-        for tensor in left:
-            tensor.data = tensor.data.to(device, copy=True)
+        for tensor, home in left:
+            tensor.data = tensor.data.to(home, copy=True)
 
 
 @contextlib.contextmanager
@@ -57,6 +57,11 @@ def tensors_in(value: Any) -> Iterator[torch.Tensor]:
     elif isinstance(value, (Mapping, list, tuple)):
         for item in value.values() if isinstance(value, Mapping) else value:
             yield from tensors_in(item)
+
+
+def _is_on(tensor: torch.Tensor, device: torch.device) -> bool:
+    """A device without a number is the one that there is: what is on cuda:0 is on cuda."""
+    return tensor.device.type == device.type and device.index in (None, tensor.device.index)
 
 
 def _plain(tensor: torch.Tensor) -> Iterator[torch.Tensor]:

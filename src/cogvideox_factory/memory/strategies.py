@@ -126,6 +126,7 @@ STRATEGIES: tuple[Strategy, ...] = (
         apply=lambda transformer, options, device: split_blocks(transformer),
         saves="the activations of the attention while a feed-forward goes backward",
         costs="twice the block inputs on the host",
+        levers=(Lever({"split_checkpoints": True}, 1.03),),
         needs_checkpointing=True,
         needs_offloading=True,
         needs_all_weights=True,

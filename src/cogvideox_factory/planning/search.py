@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cogvideox_factory.config import Plan, option_values, with_values
-from cogvideox_factory.memory.strategies import STRATEGIES, Lever
+from cogvideox_factory.memory.strategies import STRATEGIES, Lever, chosen
 from cogvideox_factory.planning.phases import Phase
 from cogvideox_factory.planning.traces import NAMES, OF_HELD, Traces
 
@@ -166,8 +166,11 @@ class _Search:
         memory = changed.memory
         if memory.optimizer_in_backward and changed.optimizer.offload_gradients:  # which drops them instead
             return False
-        return memory.gradient_checkpointing or not any(
-            strategy.needs_checkpointing and strategy.is_on(memory) for strategy in STRATEGIES
+        return not any(
+            (strategy.needs_checkpointing and not memory.gradient_checkpointing)
+            or (strategy.needs_offloading and not memory.offload_activations)
+            or (strategy.needs_all_weights and memory.resident_blocks is not None)
+            for strategy in chosen(memory)
         )
 
     def _with_most_residents(self, values: Values) -> Values:
@@ -213,14 +216,14 @@ def _combinations(options: Plan, groups: Groups) -> list[_Combination]:
         levers for levers in groups if all(given[name] == defaults[name] for lever in levers for name in lever.values)
     ]
     made = []
-    for chosen in itertools.product(*([(0, None), *enumerate(levers, 1)] for levers in free)):
-        levers = [lever for _, lever in chosen if lever is not None]
+    for numbered in itertools.product(*([(0, None), *enumerate(levers, 1)] for levers in free)):
+        levers = [lever for _, lever in numbered if lever is not None]
         made.append(
             _Combination(
                 {name: value for lever in levers for name, value in lever.values.items()},
                 math.prod(lever.slowdown for lever in levers),
                 all(lever.is_exact for lever in levers),
-                sum(number for number, _ in chosen),
+                sum(number for number, _ in numbered),
             )
         )
     return made

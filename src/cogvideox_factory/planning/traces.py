@@ -28,7 +28,10 @@ NAMES = ("preparing", "training", "validation", "testing")
 _OF_VIDEOS = {"enable_tiling", "enable_model_cpu_offload"}
 _OF_ENCODING = {"use_tiling", "offload_text_encoder"}
 _OF_BUDGET = {"fit", "gpu_memory", "host_memory", "json"}
-_OF_PASSES = {"gradient_checkpointing", "offload_activations", "optimizer_in_backward", "offload_gradients"}
+_OF_PASSES = {
+    *("gradient_checkpointing", "offload_activations", "split_checkpoints"),
+    *("optimizer_in_backward", "offload_gradients"),
+}
 # What is held between two steps depends on these.
 OF_HELD = {"trainable_dtype", "quantize_base", "use_8bit", "use_4bit", "use_torchao", "use_cpu_offload_optimizer"}
 _OF_STEPS = _OF_PASSES | OF_HELD
@@ -64,7 +67,7 @@ class Traces:
         trace, without = {
             "training": (self._training, {*_OF_VIDEOS, *_OF_ENCODING}),
             "held": (self._held, {*_OF_VIDEOS, *_OF_ENCODING, *_OF_PASSES, "feed_forward_chunks"}),
-            "validation": (self._validation, {*_OF_ENCODING, "gradient_checkpointing", "offload_activations"}),
+            "validation": (self._validation, {*_OF_ENCODING, *_OF_PASSES}),
             "testing": (self._testing, {*_OF_STEPS, "use_tiling"}),
         }[name]
         return Phase(name, self._with_residents(name, options, without, trace))
