@@ -14,7 +14,7 @@ from cogvideox_factory.config import MethodOptions, OptimizerOptions, Plan, with
 from cogvideox_factory.memory.strategies import STRATEGIES, Lever
 from cogvideox_factory.memory.tracker import PARTS, Moment
 from cogvideox_factory.planning.phases import Phase
-from cogvideox_factory.planning.search import STATES, WEIGHTS_IN_BF16, Budget, search
+from cogvideox_factory.planning.search import STATES, STATES_OF_LORA, WEIGHTS_IN_BF16, Budget, search
 from cogvideox_factory.planning.traces import NAMES
 
 Cli = Callable[..., tuple[int, str, str]]
@@ -78,7 +78,7 @@ def all_steps(options: Plan) -> Iterator[tuple[dict[str, Any], float, bool]]:
     names = ("gradient_checkpointing", "offload_activations", "feed_forward_chunks", "split_checkpoints")
     groups: list[tuple[Lever, ...]] = [rows[f"--{name}"] for name in names]
     if is_lora:
-        groups += [rows["--resident_blocks"], STATES[2:3], rows.get("--quantize_base", ())]
+        groups += [rows["--resident_blocks"], STATES_OF_LORA, rows.get("--quantize_base", ())]
     else:
         groups += [rows["--optimizer_in_backward"], STATES, WEIGHTS_IN_BF16]
     for chosen in itertools.product(*((None, *levers) for levers in groups)):
@@ -90,7 +90,7 @@ def all_steps(options: Plan) -> Iterator[tuple[dict[str, Any], float, bool]]:
             continue
         if values.get("optimizer_in_backward") and values.get("offload_gradients"):
             continue
-        slowdown = math.prod(1.05 if is_lora and lever is STATES[2] else lever.slowdown for lever in levers)
+        slowdown = math.prod(lever.slowdown for lever in levers)
         yield values, slowdown, all(lever.is_exact for lever in levers)
 
 
@@ -158,7 +158,7 @@ def test_states_in_low_bits_are_for_the_optimizers_that_have_them() -> None:
 def test_few_steps_are_traced() -> None:
     traces: Any = Formula(activations=3000)
     assert search(Plan(method=MethodOptions(training_type="sft")), traces, Budget(420)).fits
-    assert traces.num_traced < 25 < len(list(all_steps(Plan(method=MethodOptions(training_type="sft")))))
+    assert traces.num_traced < 30 < len(list(all_steps(Plan(method=MethodOptions(training_type="sft")))))
 
 
 def test_nothing_fits_into_too_little() -> None:

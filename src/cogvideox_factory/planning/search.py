@@ -23,13 +23,17 @@ Values = Mapping[str, Any]
 Groups = Sequence[Sequence[Lever]]  # of each, one lever or none is chosen
 
 # Beside the strategies. A step waits for an optimizer whose states are on the host.
+_HOST = {"use_cpu_offload_optimizer": True}
+_HOST_WITH_GRADIENTS = {**_HOST, "offload_gradients": True}
 STATES = (
     Lever({"use_8bit": True}, 1.02, is_exact=False),
     Lever({"use_4bit": True, "use_torchao": True}, 1.05, is_exact=False),
-    Lever({"use_cpu_offload_optimizer": True}, 1.2),
-    Lever({"use_cpu_offload_optimizer": True, "offload_gradients": True}, 1.25),
+    Lever({"use_8bit": True, **_HOST}, 1.2, is_exact=False),
+    Lever(_HOST, 1.2),
+    Lever({"use_8bit": True, **_HOST_WITH_GRADIENTS}, 1.25, is_exact=False),
+    Lever(_HOST_WITH_GRADIENTS, 1.25),
 )
-STATES_OF_LORA = (Lever({"use_cpu_offload_optimizer": True}, 1.05),)
+STATES_OF_LORA = (Lever(_HOST, 1.05),)
 WEIGHTS_IN_BF16 = (Lever({"trainable_dtype": "bf16"}, 1.02, is_exact=False),)
 OFFLOADED_TEXT_ENCODER = (Lever({"offload_text_encoder": True}, 1.1),)
 ENCODING: Groups = (OFFLOADED_TEXT_ENCODER, (Lever({"use_tiling": True}, 1.1, is_exact=False),))
@@ -205,7 +209,8 @@ def _groups(options: Plan) -> Groups:
     ]
     if is_lora:
         return [*groups, STATES_OF_LORA]
-    states = STATES if optimizer.optimizer in ("adam", "adamw") else STATES[-2:]
+    has_low_bits = optimizer.optimizer in ("adam", "adamw")
+    states = [lever for lever in STATES if has_low_bits or lever.is_exact]
     return [*groups, states, WEIGHTS_IN_BF16]
 
 
