@@ -344,6 +344,10 @@ class MemoryOptions(BlockOptions):
     offload_activations: bool = False
     """With --gradient_checkpointing: what is kept of each block, its input, waits in the host's memory for the backward
     pass, copied while the GPU computes."""
+    split_checkpoints: bool = False
+    """With --offload_activations: checkpoint the attention and the feed-forward of each block by themselves, so that at
+    the peak only one's activations are there. Takes the host twice as much for what is kept, and no more time to
+    compute. Not with --resident_blocks."""
     quantize_base: Annotated[Literal["int8", "fp8", "nf4"] | None, tyro.conf.arg(metavar="{int8,fp8,nf4}")] = None
     """With a LoRA: keep the frozen linear layers of the blocks in 8 bits (int8, fp8) or in 4 (nf4, with bitsandbytes),
     a half or little more than a quarter of the memory, and bring each to the model's type when it is its turn, which

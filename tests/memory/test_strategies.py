@@ -27,6 +27,7 @@ from cogvideox_factory.data.store import Entry, PreparedSet
 from cogvideox_factory.memory.activations import OffloadedCheckpoints
 from cogvideox_factory.memory.block_swap import BlockSwap
 from cogvideox_factory.memory.feed_forward import ChunkedFeedForward
+from cogvideox_factory.memory.split_checkpoints import SplitBlock
 from cogvideox_factory.memory.strategies import STRATEGIES, check_memory, chosen
 from cogvideox_factory.model.denoiser import load_scheduler
 from cogvideox_factory.model.family import Checkpoint
@@ -81,6 +82,24 @@ def test_offloading_changes_no_bit_of_a_full_fine_tuning(
 ) -> None:
     settings: dict[str, Any] = {"training_type": "sft", "num_steps": 2}
     assert train(checkpoint, prepared, entries, MOVING["offloaded"], **settings) == plain(**settings)
+
+
+SPLIT = dataclasses.replace(MOVING["offloaded"], split_checkpoints=True)
+
+
+@pytest.mark.parametrize("training_type", ["lora", "sft"])
+def test_splitting_checkpoints_changes_no_bit(
+    training_type: str, plain, checkpoint: Checkpoint, prepared: PreparedSet, entries: list[Entry]
+) -> None:
+    settings: dict[str, Any] = {"training_type": training_type, "num_steps": 2}
+    blocks: list[Any] = []
+    course = train(
+        *(checkpoint, prepared, entries, SPLIT),
+        before_step=lambda number, transformer: blocks.extend(transformer.transformer_blocks),
+        **settings,
+    )
+    assert course == plain(**settings)
+    assert all(isinstance(block, SplitBlock) for block in blocks)
 
 
 CHUNKS = MemoryOptions(feed_forward_chunks=3)
@@ -216,6 +235,12 @@ PRODIGY = dataclasses.replace(UNCLIPPED, optimizer="prodigy")
         (options_of(MemoryOptions(resident_blocks=2)), 1, "--resident_blocks: needs the blocks to be checkpointed; ad"),
         (options_of(MOVING["swapped-2"], "sft"), 1, "--resident_blocks: is for weights that are frozen, and --trainin"),
         (options_of(MemoryOptions(quantize_base="int8"), "sft"), 1, "--quantize_base: is for weights that are frozen"),
+        (
+            options_of(dataclasses.replace(CHECKPOINTED, split_checkpoints=True)),
+            1,
+            "--split_checkpoints: on the GPU it takes more than it saves; add --offload_activations",
+        ),
+        (options_of(dataclasses.replace(SPLIT, resident_blocks=1)), 1, "not together with --resident_blocks 1, which"),
         (options_of(MOVING["swapped-2"]), 2, "--resident_blocks: for one GPU only, and there are 2 processes"),
         (options_of(IN_BACKWARD, optimizer=PRODIGY), 1, "--optimizer_in_backward: prodigy finds one rate"),
         (options_of(IN_BACKWARD, optimizer=UNCLIPPED), 2, "--optimizer_in_backward: for one GPU only"),
@@ -241,7 +266,7 @@ def test_the_table_names_options_that_exist_and_the_page_names_them_all() -> Non
     page = (Path(__file__).parents[2] / "docs/memory.md").read_text()
     for strategy in STRATEGIES:
         assert strategy.name in page and (strategy.flag or "") in page
-    everything = dataclasses.replace(ALL, optimizer_in_backward=True, quantize_base="int8")
+    everything = dataclasses.replace(ALL, optimizer_in_backward=True, quantize_base="int8", split_checkpoints=True)
     assert chosen(everything) == list(STRATEGIES) and len(chosen(MemoryOptions())) == 2
 
 

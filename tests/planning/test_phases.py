@@ -37,6 +37,7 @@ from cogvideox_factory.training.optimizers import build_optimizer
 
 CPU = torch.device("cpu")
 Plans = Callable[..., Plan]
+OFFLOADED = ("--training_type", "sft", "--optimizer_in_backward", "--gradient_checkpointing", "--offload_activations")
 
 
 @pytest.fixture
@@ -142,11 +143,10 @@ def test_a_planned_step_in_the_backward_pass_is_the_real_one(
     flags: tuple[str, ...], plan: Plans, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(FakeTracker, "workspace", lambda *arguments: 0)
-    precision: tuple[str, ...]
-    dtype, precision = torch.float32, ("--mixed_precision", "no", "--gradient_checkpointing")
+    dtype, precision = torch.float32, ["--mixed_precision", "no", "--gradient_checkpointing"]
     if "--use_cpu_offload_optimizer" in flags:  # else weights on a CPU are their own masters; slow there
-        dtype, precision = torch.bfloat16, ("--mixed_precision", "bf16", "--trainable_dtype", "bf16")
-        precision += ("--gradient_checkpointing", "--frame_buckets", "1")
+        dtype, precision = torch.bfloat16, ["--mixed_precision", "bf16", "--trainable_dtype", "bf16"]
+        precision += ["--gradient_checkpointing", "--frame_buckets", "1"]
     options = plan("--training_type", "sft", "--optimizer_in_backward", *precision, *flags)
     planned = planned_step(options, dtype, OnePlace)
     assert planned.peak == pytest.approx(measured_step(options, dtype), rel=0.02)
@@ -180,6 +180,7 @@ def test_flash_attention_sums_in_fp32(plan: Plans) -> None:
         (("--height_buckets", "64", "80"), ("--height_buckets", "96", "64")),
         (("--rank", "4"), ("--rank", "64")),
         (("--gradient_checkpointing",), ()),
+        ((*OFFLOADED, "--split_checkpoints"), OFFLOADED),
         (("--optimizer", "came"), ("--optimizer", "prodigy")),
         (("--training_type", "lora"), ("--training_type", "sft")),
     ],

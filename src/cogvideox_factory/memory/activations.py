@@ -10,6 +10,7 @@ from __future__ import annotations
 import weakref
 from collections import deque
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -49,12 +50,12 @@ class OffloadedCheckpoints:
         self._last: weakref.ref[BlockInputs] | None = None
         self._under_way: deque[tuple[torch.cuda.Event | None, torch.Tensor]] = deque()
 
-    def __call__(self, block: torch.nn.Module, *arguments: object) -> object:
+    def __call__(self, block: torch.nn.Module, *arguments: object, **options: Any) -> object:
         inputs = BlockInputs(self._last)
         self._last = weakref.ref(inputs)
         hooks = torch.autograd.graph.saved_tensors_hooks(lambda tensor: self._park(inputs, tensor), self._fetch)
         with hooks:
-            return checkpoint(block.__call__, *arguments, use_reentrant=False)
+            return checkpoint(block.__call__, *arguments, use_reentrant=False, **options)
 
     @torch.no_grad()
     def _park(self, inputs: BlockInputs, tensor: torch.Tensor) -> torch.Tensor | tuple[BlockInputs, Parked]:

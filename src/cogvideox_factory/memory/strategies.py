@@ -16,6 +16,7 @@ from cogvideox_factory.memory.feed_forward import chunk_feed_forward
 from cogvideox_factory.memory.lora_precision import compute_in_base_type
 from cogvideox_factory.memory.quantized_base import check_library, quantize_base
 from cogvideox_factory.memory.rotation import rotate_in_parts
+from cogvideox_factory.memory.split_checkpoints import SplitCheckpoints, split_blocks
 from cogvideox_factory.model.adapters import is_lora
 
 logger = logging.getLogger(__name__)
@@ -46,13 +47,16 @@ class Strategy:
     costs: str
     levers: tuple[Lever, ...] = ()  # from the gentlest to the strongest; one of them or none is chosen
     needs_checkpointing: bool = False
+    needs_offloading: bool = False  # of what is checkpointed
+    needs_all_weights: bool = False  # on the device
     needs_lora: bool = False
     needs_one_process: bool = False
     steps_in_backward: bool = False
 
 
 def _checkpoint_blocks(transformer, options: MemoryOptions, device: torch.device) -> None:
-    transformer.enable_gradient_checkpointing(OffloadedCheckpoints(device) if options.offload_activations else None)
+    kind = SplitCheckpoints if options.split_checkpoints else OffloadedCheckpoints
+    transformer.enable_gradient_checkpointing(kind(device) if options.offload_activations else None)
 
 
 # In the order in which they are applied.
@@ -116,6 +120,17 @@ STRATEGIES: tuple[Strategy, ...] = (
         needs_checkpointing=True,
     ),
     Strategy(
+        name="split checkpoints",
+        flag="--split_checkpoints",
+        is_on=lambda options: options.split_checkpoints,
+        apply=lambda transformer, options, device: split_blocks(transformer),
+        saves="the activations of the attention while a feed-forward goes backward",
+        costs="twice the block inputs on the host",
+        needs_checkpointing=True,
+        needs_offloading=True,
+        needs_all_weights=True,
+    ),
+    Strategy(
         name="block swap",
         flag="--resident_blocks",
         is_on=lambda options: options.resident_blocks is not None,
@@ -167,6 +182,13 @@ def check_memory(options: Train, num_processes: int, *, has_scaler: bool) -> Non
             continue
         if strategy.needs_checkpointing and not options.memory.gradient_checkpointing:
             raise UserError(f"{strategy.flag}: needs the blocks to be checkpointed; add --gradient_checkpointing")
+        if strategy.needs_offloading and not options.memory.offload_activations:
+            raise UserError(f"{strategy.flag}: on the GPU it takes more than it saves; add --offload_activations")
+        if strategy.needs_all_weights and options.memory.resident_blocks is not None:
+            raise UserError(
+                f"{strategy.flag}: not together with --resident_blocks {options.memory.resident_blocks}, which moves "
+                "weights by whole blocks; leave one of the two out"
+            )
         if strategy.needs_lora and method.training_type != "lora":
             raise UserError(
                 f"{strategy.flag}: is for weights that are frozen, and --training_type {method.training_type} trains "
