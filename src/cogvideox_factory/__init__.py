@@ -27,6 +27,7 @@ A clip becomes latents once; a batch of latents becomes a loss. The map, in the 
     memory/activations.py   inputs of blocks, kept on the host
     memory/block_swap.py    frozen weights of blocks, kept on the host
     memory/feed_forward.py  the feed-forward in chunks
+    memory/split_checkpoints.py   checkpoints of half a block
     memory/lora_precision.py   a LoRA that computes in 16 bits
     memory/quantized_base.py   frozen weights in 8 or 4 bits
     resolve.py          what the checkpoint decides where the user did not
