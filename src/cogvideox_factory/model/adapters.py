@@ -56,8 +56,7 @@ def check_method(method: MethodOptions, lora: LoraOptions, mixed_precision: str 
 
 def needs_bf16(method: MethodOptions, checkpoint: Checkpoint) -> bool:
     """Whether the checkpoint's own type, the default on a GPU, is too narrow to train its weights in."""
-    is_gpu = torch.cuda.is_available()
-    return method.training_type == "sft" and is_gpu and checkpoint.weights_dtype == torch.float16
+    return method.training_type == "sft" and checkpoint.weights_dtype == torch.float16
 
 
 def attach(transformer, method: MethodOptions, lora: LoraOptions, seed: int, *, keeps_bf16: bool = False) -> None:

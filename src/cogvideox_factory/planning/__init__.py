@@ -93,7 +93,7 @@ def resolve(options: Plan, checkpoint: Checkpoint) -> Plan:
         data=replace(options.data, data_root=options.data.data_root or Path(".")),
         training=replace(options.training, load_tensors=False),  # a prepared set may not be there yet
     )
-    resolved = resolve_options(given, checkpoint)
+    resolved = resolve_options(given, checkpoint, is_gpu=True)
     check_memory(resolved, num_processes=1, has_scaler=training_dtype(resolved, checkpoint) == torch.float16)
     sampling = resolve_sampling(
         options.sampling, largest_bucket(resolved), checkpoint.size_divisor, checkpoint.temporal_factor

@@ -13,6 +13,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from cogvideox_factory.config import DataOptions, EncodingOptions, HeldOutOptions, Train, UserError, ValidationOptions
 from cogvideox_factory.data.files import make_output_folder
 from cogvideox_factory.data.store import PreparedSet
@@ -29,13 +31,16 @@ from cogvideox_factory.training.start_images import split, with_absolute_images
 logger = logging.getLogger(__name__)
 
 
-def resolve_options(options: Train, checkpoint: Checkpoint) -> Train:
+def resolve_options(options: Train, checkpoint: Checkpoint, *, is_gpu: bool | None = None) -> Train:
     """Options as they will be used and written down: what has its default from the checkpoint or from the prepared
-    set is filled in, and folders are absolute, so that the run can be repeated and sampled from anywhere."""
+    set is filled in, and folders are absolute, so that the run can be repeated and sampled from anywhere.
+
+    `is_gpu` says whether they are for one; by default, whether this machine has one."""
     assert options.output_dir is not None and options.data.data_root is not None
     check_method(options.method, options.lora, options.training.mixed_precision)
     training = options.training
-    if training.mixed_precision is None and needs_bf16(options.method, checkpoint):
+    is_gpu = torch.cuda.is_available() if is_gpu is None else is_gpu
+    if training.mixed_precision is None and is_gpu and needs_bf16(options.method, checkpoint):
         training = dataclasses.replace(training, mixed_precision="bf16")
     check_text_length(checkpoint, options.encoding.max_sequence_length)
     data = dataclasses.replace(options.data, data_root=options.data.data_root.absolute())
