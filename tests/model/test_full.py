@@ -113,25 +113,15 @@ def test_options_of_a_lora_are_told_to_be_without_effect(caplog: pytest.LogCaptu
 
 
 @pytest.mark.parametrize(
-    ("training_type", "stored", "has_gpu", "expected"),
-    [
-        ("sft", torch.float16, True, True),
-        ("sft", torch.float16, False, False),  # on a CPU the default is fp32
-        ("sft", torch.bfloat16, True, False),
-        ("lora", torch.float16, True, False),
-    ],
+    ("training_type", "stored", "expected"),
+    [("sft", torch.float16, True), ("sft", torch.bfloat16, False), ("lora", torch.float16, False)],
 )
 def test_a_checkpoint_stored_in_fp16_is_fine_tuned_in_bf16(
-    monkeypatch: pytest.MonkeyPatch,
-    training_type: Any,
-    stored: torch.dtype,
-    has_gpu: bool,
-    expected: bool,
+    training_type: Any, stored: torch.dtype, expected: bool
 ) -> None:
     class Stored:
         weights_dtype = stored
 
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
     checkpoint: Any = Stored()
     assert needs_bf16(MethodOptions(training_type=training_type), checkpoint) is expected
 

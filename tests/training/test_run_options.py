@@ -8,8 +8,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
-from cogvideox_factory.config import DataOptions, EncodingOptions, HeldOutOptions, Train, UserError, ValidationOptions
+from cogvideox_factory.config import (
+    DataOptions,
+    EncodingOptions,
+    HeldOutOptions,
+    MethodOptions,
+    Train,
+    UserError,
+    ValidationOptions,
+)
 from cogvideox_factory.model.family import Checkpoint
 from cogvideox_factory.training.run_options import (
     check_prompts,
@@ -80,3 +89,17 @@ def test_a_fault_of_the_second_set_names_its_option(fault: str, message: str) ->
     with pytest.raises(UserError) as error, naming_the_second_set(second_set):
         raise UserError(fault)
     assert str(error.value).startswith(message)
+
+
+def test_full_fine_tuning_of_a_model_in_fp16_is_in_bf16_on_a_gpu_alone(
+    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU the default is fp32; a plan is for a GPU wherever it is made."""
+    stored = dataclasses.replace(checkpoint)
+    vars(stored)["weights_dtype"] = torch.float16
+    options = Train(
+        method=MethodOptions(training_type="sft"), data=DataOptions(data_root=tmp_path), output_dir=tmp_path
+    )
+    for has_gpu, asked, expected in ((True, None, "bf16"), (False, None, None), (False, True, "bf16")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda has_gpu=has_gpu: has_gpu)
+        assert resolve_options(options, stored, is_gpu=asked).training.mixed_precision == expected
