@@ -19,9 +19,9 @@ from cogvideox_factory.config import Train
 from cogvideox_factory.memory.tracker import MemoryTracker, Moment
 from cogvideox_factory.model.family import Checkpoint
 
-# From here on each of the first three and of the last two blocks is one that a deeper model has too: what is copied
-# ahead or on its way to the host spans two blocks at the most.
-DEPTHS = 5, 6
+# From here on each of the first two and of the last two blocks is one that a deeper model has too: what is copied ahead
+# or on its way to the host spans two blocks at the most.
+DEPTHS = 4, 5
 
 Stages = Mapping[Any, Moment]
 
