@@ -47,7 +47,7 @@ def search(member: str, method: str) -> dict[str, Any]:
     """What fits each card, or the most sparing settings where nothing does."""
     from cogvideox_factory.command_line import parse_command
     from cogvideox_factory.config import Plan, with_values
-    from cogvideox_factory.planning import budget_of, open_configs, resolve
+    from cogvideox_factory.planning import open_configs, resolve
     from cogvideox_factory.planning.search import search
     from cogvideox_factory.planning.texts import as_json, flags_of
     from cogvideox_factory.planning.traces import Traces
@@ -73,6 +73,8 @@ def page(found: dict[str, Any]) -> str:
     for method, title in METHODS.items():
         lines.append(f"## {title[0].upper()}{title[1:]}\n")
         for member in MEMBERS:
+            if f"{member} {method}" not in found:
+                continue
             lines += [f"### {member}\n", "| GiB | card | machine | options |", "|---|---|---|---|"]
             for card, result in found[f"{member} {method}"].items():
                 gpu = max(phase["peak_gib"] for phase in result["phases"]) + 1.2

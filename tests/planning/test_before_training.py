@@ -30,6 +30,10 @@ class Traced:
     """A training of 3 GiB, or of 1 with checkpointed blocks; all else takes half a GiB."""
 
     num_blocks = 4
+
+    def has_scaler(self, options: Plan) -> bool:
+        return False
+
     asked: list[tuple[str, Plan]]
 
     def __init__(self, checkpoint: Any):

@@ -53,7 +53,9 @@ def test_a_step_of_nine_blocks_is_told_from_five(flags: tuple[str, ...], tiny_mo
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sparing", [(), ("--resident_blocks", "2", CHECKPOINTED, "--enable_model_cpu_offload")])
-def test_all_phases_of_twelve_blocks_are_told_from_five(sparing: tuple[str, ...], tiny_model: Path, monkeypatch) -> None:
+def test_all_phases_of_twelve_blocks_are_told_from_five(
+    sparing: tuple[str, ...], tiny_model: Path, monkeypatch
+) -> None:
     options = plan(tiny_model, *sparing)
     with open_configs(options) as checkpoint:
         checkpoint = with_depth(checkpoint, 12)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
@@ -22,9 +21,10 @@ from cogvideox_factory.model import published
 from cogvideox_factory.model.family import Checkpoint, open_checkpoint, with_conditioning
 from cogvideox_factory.planning.phases import largest_bucket, training_dtype
 from cogvideox_factory.planning.search import Budget, search
-from cogvideox_factory.planning.texts import CONTEXT_GIB, GIB, PROGRAM_GIB, as_json, as_reasons, as_text, nothing_fits
+from cogvideox_factory.planning.texts import as_json, as_reasons, as_text, budget_of, nothing_fits
 from cogvideox_factory.planning.traces import Traces
 from cogvideox_factory.sampling import resolve_sampling
+from cogvideox_factory.training.optimizers import check_optimizer_options
 from cogvideox_factory.training.run_options import resolve_options
 
 
@@ -94,7 +94,9 @@ def resolve(options: Plan, checkpoint: Checkpoint) -> Plan:
         training=replace(options.training, load_tensors=False),  # a prepared set may not be there yet
     )
     resolved = resolve_options(given, checkpoint, is_gpu=True)
-    check_memory(resolved, num_processes=1, has_scaler=training_dtype(resolved, checkpoint) == torch.float16)
+    has_scaler = training_dtype(resolved, checkpoint) == torch.float16
+    check_optimizer_options(resolved.optimizer, has_scaler=has_scaler)
+    check_memory(resolved, num_processes=1, has_scaler=has_scaler)
     sampling = resolve_sampling(
         options.sampling, largest_bucket(resolved), checkpoint.size_divisor, checkpoint.temporal_factor
     )
@@ -102,10 +104,3 @@ def resolve(options: Plan, checkpoint: Checkpoint) -> Plan:
 
 
 FILLED_IN = ("data", "encoding", "training", "optimizer", "held_out")
-
-
-def budget_of(options: Plan) -> Budget:
-    """What tensors may take of the memory that the options give."""
-    gpu, host = options.budget.gpu_memory, options.budget.host_memory
-    assert gpu is not None
-    return Budget((gpu - CONTEXT_GIB) * GIB, math.inf if host is None else (host - PROGRAM_GIB) * GIB)

@@ -34,6 +34,7 @@ from cogvideox_factory.sampling import pipeline_in_memory, place
 from cogvideox_factory.training.ema import averaged, build_average
 from cogvideox_factory.training.loop import build_model, held_between_steps, optimizer_step
 from cogvideox_factory.training.optimizers import build_optimizer
+from cogvideox_factory.training.start_images import first_frame_decoder
 from cogvideox_factory.training.validation import waiting
 
 HELD = "held before the first step", 0  # a stage of the training
@@ -107,6 +108,22 @@ def trace_encoding(options: Plan, checkpoint: Checkpoint) -> Phase:
         remember_calls(vae.encoder, tracker)
         tracker.start_phase()
         encoder.encode_tensor(torch.empty((*largest_bucket(options), 3), dtype=torch.uint8, device=GPU))
+        return Phase.of("preparing", tracker)
+
+
+def trace_first_frame(options: Plan, checkpoint: Checkpoint) -> Phase:
+    """The picture that an image-to-video model's video starts from, decoded from the latents of a clip."""
+    with _phase() as tracker:
+        vae = first_frame_decoder(
+            *(checkpoint, encoders_dtype(options, checkpoint)), use_tiling=options.encoding.use_tiling, load=load_vae
+        ).to(GPU)
+        tracker.add(_tensors(vae), "weights")
+        tracker.start_phase()
+        _, height, width = largest_bucket(options)
+        size = (height // checkpoint.spatial_factor, width // checkpoint.spatial_factor)
+        latents = torch.empty(1, checkpoint.vae["latent_channels"], 1, *size, dtype=vae.dtype, device=GPU)
+        with torch.no_grad():
+            vae.decode(latents)
         return Phase.of("preparing", tracker)
 
 

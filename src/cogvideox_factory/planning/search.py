@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from cogvideox_factory.config import Plan, option_values, with_values
@@ -51,7 +51,7 @@ MARGIN = 0.03  # by which a step may take less than what is expected of it from 
 class Budget:
     """Bytes that tensors may take on the GPU and on the host; infinite where nothing limits them."""
 
-    gpu: float
+    gpu: float = math.inf
     host: float = math.inf
 
     def holds(self, phase: Phase) -> bool:
@@ -88,13 +88,31 @@ class _Combination:
     strength: int
 
 
-def search(options: Plan, traces: Traces, budget: Budget, names: Sequence[str] = NAMES) -> Found:
-    """The fastest settings with which the phases of these names fit. `options` are resolved."""
-    return _Search(options, traces, budget, names).run()
+def search(
+    options: Plan,
+    traces: Traces,
+    budget: Budget,
+    names: Sequence[str] = NAMES,
+    *,
+    may_choose: Callable[[Values], bool] = lambda values: True,
+) -> Found:
+    """The fastest settings with which the phases of these names fit. `options` are resolved.
+
+    `may_choose` says of values of options whether this machine, or this run, can have them.
+    """
+    return _Search(options, traces, budget, names, may_choose).run()
 
 
 class _Search:
-    def __init__(self, options: Plan, traces: Traces, budget: Budget, names: Sequence[str]):
+    def __init__(
+        self,
+        options: Plan,
+        traces: Traces,
+        budget: Budget,
+        names: Sequence[str],
+        may_choose: Callable[[Values], bool],
+    ):
+        self.may_choose = may_choose
         self.options = options
         self.traces = traces
         self.budget = budget
@@ -105,18 +123,21 @@ class _Search:
         ] = {}  # of the peak of a step, by the options that are not about what is held
 
     def run(self) -> Found:
-        encodings = _combinations(self.options, ENCODING)
-        steps = [one for one in _combinations(self.options, _groups(self.options)) if self._is_legal(one.values)]
-        videos = _combinations(self.options, VIDEOS)
+        encodings = self._combinations(ENCODING)
+        groups = _groups(self.options, has_scaler=self.traces.has_scaler(self.options))
+        steps = [one for one in self._combinations(groups) if self._is_legal(one.values)]
+        videos = self._combinations(VIDEOS)
+        sparing: dict[str, Any] = {}
+        for combinations in (encodings, steps, videos):
+            sparing.update(_strongest(combinations).values)
+        if self._is_too_much(self.names, sparing):
+            return self._found(sparing, fits=False)
         for encoding in self._fitting(["preparing"], encodings, {}):
             for step in self._fitting(["training"], steps, encoding):
                 for video in self._fitting(["validation", "testing"], videos, step):
                     values = self._with_most_residents(video)
                     return self._found(values, fits=True)
             break  # more sparing encoders would not help the other phases
-        sparing: dict[str, Any] = {}
-        for combinations in (encodings, steps, videos):
-            sparing.update(_strongest(combinations).values)
         return self._found(sparing, fits=False)
 
     def _fitting(self, names: Sequence[str], combinations: Sequence[_Combination], base: Values) -> Iterator[Values]:
@@ -165,6 +186,32 @@ class _Search:
     def _held(self, values: Values) -> int:
         return self.traces.phase("held", with_values(self.options, values)).peak
 
+    def _combinations(self, groups: Groups) -> list[_Combination]:
+        """All choices of a lever or none from each group that agree with what is given."""
+        given, defaults = option_values(self.options), option_values(Plan())
+        open_groups = []
+        for levers in groups:
+            fixed = {name: given[name] for lever in levers for name in lever.values if given[name] != defaults[name]}
+            open_groups.append(
+                [
+                    replace(lever, values={name: value for name, value in lever.values.items() if name not in fixed})
+                    for lever in levers
+                    if fixed.items() <= lever.values.items() and fixed != lever.values and self.may_choose(lever.values)
+                ]
+            )
+        made = []
+        for numbered in itertools.product(*([(0, None), *enumerate(levers, 1)] for levers in open_groups)):
+            levers = [lever for _, lever in numbered if lever is not None]
+            made.append(
+                _Combination(
+                    {name: value for lever in levers for name, value in lever.values.items()},
+                    math.prod(lever.slowdown for lever in levers),
+                    all(lever.is_exact for lever in levers),
+                    sum(number for number, _ in numbered),
+                )
+            )
+        return made
+
     def _is_legal(self, values: Values) -> bool:
         changed = with_values(self.options, values)
         memory = changed.memory
@@ -178,14 +225,16 @@ class _Search:
         )
 
     def _with_most_residents(self, values: Values) -> Values:
-        """With as many resident blocks as fit, where the search chose a few."""
+        """With as many resident blocks as fit, where the search chose a few; a little is left, as an allocator loses
+        more of a memory that is full."""
         if "resident_blocks" not in values:
             return values
+        tight = replace(self.budget, gpu=self.budget.gpu * (1 - MARGIN))
         low, high = values["resident_blocks"], self.traces.num_blocks - 1
         while low < high:
             middle = (low + high + 1) // 2
             options = with_values(self.options, {**values, "resident_blocks": middle})
-            if all(self.budget.holds(self.traces.phase(name, options)) for name in self.names):
+            if all(tight.holds(self.traces.phase(name, options)) for name in self.names):
                 low = middle
             else:
                 high = middle - 1
@@ -196,7 +245,7 @@ class _Search:
         return Found(options, values, [self.traces.phase(name, options) for name in self.names], fits, self.looks)
 
 
-def _groups(options: Plan) -> Groups:
+def _groups(options: Plan, *, has_scaler: bool) -> Groups:
     """Levers of the training step that the options leave open."""
     is_lora, optimizer = options.method.training_type == "lora", options.optimizer
     groups = [
@@ -208,35 +257,16 @@ def _groups(options: Plan) -> Groups:
         and not (strategy.steps_in_backward and (is_lora or optimizer.optimizer == "prodigy"))
     ]
     if is_lora:
-        return [*groups, STATES_OF_LORA]
+        return [*groups, *([] if has_scaler else [STATES_OF_LORA])]  # a scaler looks at gradients that would be gone
     has_low_bits = optimizer.optimizer in ("adam", "adamw")
     states = [lever for lever in STATES if has_low_bits or lever.is_exact]
     return [*groups, states, WEIGHTS_IN_BF16]
 
 
-def _combinations(options: Plan, groups: Groups) -> list[_Combination]:
-    """All choices of a lever or none from each group, of those whose options have their defaults."""
-    given, defaults = option_values(options), option_values(Plan())
-    free = [
-        levers for levers in groups if all(given[name] == defaults[name] for lever in levers for name in lever.values)
-    ]
-    made = []
-    for numbered in itertools.product(*([(0, None), *enumerate(levers, 1)] for levers in free)):
-        levers = [lever for _, lever in numbered if lever is not None]
-        made.append(
-            _Combination(
-                {name: value for lever in levers for name, value in lever.values.items()},
-                math.prod(lever.slowdown for lever in levers),
-                all(lever.is_exact for lever in levers),
-                sum(number for number, _ in numbered),
-            )
-        )
-    return made
-
-
 def _passes(values: Values) -> Any:
     """Those of the values that say how a step computes, and not what is held between two."""
-    return tuple(sorted((name, value) for name, value in values.items() if name not in (*OF_HELD, "resident_blocks")))
+    of_held = OF_HELD - {"use_cpu_offload_optimizer"} | {"resident_blocks"}  # temporaries of the update are there too
+    return tuple(sorted((name, value) for name, value in values.items() if name not in of_held))
 
 
 def _strongest(combinations: Sequence[_Combination]) -> _Combination:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,12 +11,21 @@ from cogvideox_factory.memory.tracker import PARTS
 from cogvideox_factory.model.adapters import describe_method
 from cogvideox_factory.model.family import Checkpoint
 from cogvideox_factory.planning.phases import Phase, largest_bucket, training_dtype
-from cogvideox_factory.planning.search import Found
+from cogvideox_factory.planning.search import Budget, Found
 
 GIB = 1024**3
 # Allowances for what no tensor holds.
 PROGRAM_GIB = 2.0  # of the machine: Python, its libraries and CUDA's
 CONTEXT_GIB = 1.2  # of every process on a GPU: the CUDA context, the libraries' workspaces, fragmentation
+
+
+def budget_of(options: Plan) -> Budget:
+    """What tensors may take of the memory that the options give."""
+    gpu, host = options.budget.gpu_memory, options.budget.host_memory
+    return Budget(
+        math.inf if gpu is None else (gpu - CONTEXT_GIB) * GIB,
+        math.inf if host is None else (host - PROGRAM_GIB) * GIB,
+    )
 
 
 def flags_of(values: Mapping[str, Any]) -> str:
@@ -86,13 +96,13 @@ def as_json(options: Plan, phases: Sequence[Phase]) -> dict[str, Any]:
         for phase in phases
     ]
     peak = max(phase.peak for phase in phases) / GIB
-    budget = options.budget.gpu_memory
+    budget = budget_of(options)
     return {
         "settings": plain_values(options),
         "phases": rows,
         "peak_gib": peak,
-        "budget_gib": budget,
-        "fits": None if budget is None else peak + CONTEXT_GIB <= budget,
+        "budget_gib": options.budget.gpu_memory,
+        "fits": None if budget == Budget() else all(budget.holds(phase) for phase in phases),
     }
 
 
@@ -117,8 +127,11 @@ def as_text(options: Plan, checkpoint: Checkpoint, phases: Sequence[Phase]) -> s
         f"planned peak {highest.peak / GIB:.2f} GiB, in {highest.name}; with {CONTEXT_GIB} GiB allowed for the CUDA "
         f"context {need:.2f} GiB",
     ]
-    if options.budget.gpu_memory is not None:
-        left = options.budget.gpu_memory - need
-        verdict = f"fits, with {left:.2f} GiB to spare" if left >= 0 else f"does not fit, by {-left:.2f} GiB"
-        lines.append(f"--gpu_memory {options.budget.gpu_memory:g}: {verdict}")
+    needs = {"gpu_memory": need, "host_memory": max(phase.host for phase in phases) / GIB + PROGRAM_GIB}
+    for name, needed in needs.items():
+        given = getattr(options.budget, name)
+        if given is not None:
+            left = given - needed
+            verdict = f"fits, with {left:.2f} GiB to spare" if left >= 0 else f"does not fit, by {-left:.2f} GiB"
+            lines.append(f"--{name} {given:g}: {verdict}")
     return "\n".join(lines)

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
+
 from cogvideox_factory.config import Plan, option_values, with_values
 from cogvideox_factory.model.family import Checkpoint
 from cogvideox_factory.planning.depth import Stages, along_line, at_full_depth
@@ -15,11 +17,13 @@ from cogvideox_factory.planning.fakes import fake_world
 from cogvideox_factory.planning.phases import (
     Phase,
     trace_encoding,
+    trace_first_frame,
     trace_held,
     trace_testing,
     trace_text,
     trace_training,
     trace_validation,
+    training_dtype,
 )
 from cogvideox_factory.planning.repeats import Calls
 
@@ -50,6 +54,10 @@ class Traces:
     def num_blocks(self) -> int:
         return self._checkpoint.transformer["num_layers"]
 
+    def has_scaler(self, options: Plan) -> bool:
+        """Whether these options train in fp16, whose gradients are scaled."""
+        return training_dtype(options, self._checkpoint) == torch.float16
+
     def phases(self, options: Plan) -> list[Phase]:
         """Preparing, training, validation and testing with resolved options, as on a GPU."""
         return [self.phase(name, options) for name in NAMES]
@@ -60,9 +68,10 @@ class Traces:
             text = self._traced("text", options, {*_OF_VIDEOS, *_OF_STEPS, "use_tiling", "resident_blocks"}, self._text)
             without = {*_OF_VIDEOS, *_OF_STEPS, "offload_text_encoder", "resident_blocks"}
             clip = self._traced("clip", options, without, self._clip)
-            stages = {
-                (part, key): value for part, kept in (("text", text), ("clip", clip)) for key, value in kept.items()
-            }
+            kept = {"text": text, "clip": clip}
+            if self._checkpoint.is_image_to_video:
+                kept["picture"] = self._traced("picture", options, without, self._picture)
+            stages = {(part, key): value for part, traced in kept.items() for key, value in traced.items()}
             return Phase(name, stages)
         trace, without = {
             "training": (self._training, {*_OF_VIDEOS, *_OF_ENCODING}),
@@ -98,6 +107,9 @@ class Traces:
 
     def _clip(self, options: Plan) -> Stages:
         return trace_encoding(options, self._checkpoint).stages
+
+    def _picture(self, options: Plan) -> Stages:
+        return trace_first_frame(options, self._checkpoint).stages
 
     def _training(self, options: Plan) -> Stages:
         return at_full_depth(self._checkpoint, options, lambda checkpoint: trace_training(options, checkpoint).stages)

@@ -15,6 +15,7 @@ to the host as they arrive: clipping and the average over ranks then come too la
 from __future__ import annotations
 
 import enum
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -70,8 +71,11 @@ class Fp32Steps(torch.optim.Optimizer):
         self._on_gradient = OnGradient.STEP
         self._norms: dict[Parameter, torch.Tensor] = {}  # of the gradients of this step that are gone
         self._clip: Callable[[Parameter], None] | None = None
+        # Held weakly: a parameter keeps its hooks where the garbage collector does not see them, and this object keeps
+        # the parameters, so that otherwise none of them would ever go.
+        take = weakref.WeakMethod(self._take_gradient if in_backward else self._move_gradient)
         for parameter in parameters if offload_gradients or in_backward else ():
-            parameter.register_post_accumulate_grad_hook(self._take_gradient if in_backward else self._move_gradient)
+            parameter.register_post_accumulate_grad_hook(lambda parameter: _call(take, parameter))
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
@@ -290,6 +294,12 @@ def _in_fp32(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     copy = torch.empty_like(tensor, dtype=torch.float32, device=device)
     _copy(copy, tensor)
     return copy
+
+
+def _call(method: weakref.WeakMethod[Any], parameter: Parameter) -> None:
+    bound = method()
+    if bound is not None:
+        bound(parameter)
 
 
 def round_stochastically(values: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:

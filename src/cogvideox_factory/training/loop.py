@@ -92,7 +92,8 @@ def train(options: Train, planned: Mapping[str, float] | None = None) -> Path:
         state = train_steps(options, checkpoint, accelerator, data, held_out_data, validation, memory, trackers, stop)
 
         # What was learned is now tested as others will use it: from the saved file, by stock diffusers.
-        accelerator.free_memory()  # with the garbage and the GPU's cache
+        accelerator.free_memory()  # what it holds itself
+        free_memory()
         if accelerator.is_main_process:
             memory.start_phase()
             if validation.run_from_saved(state.step, device):

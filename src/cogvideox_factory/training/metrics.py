@@ -83,6 +83,9 @@ class MemoryMeter:
         self.measured: dict[str, float] = {}
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             self.measured.update(json.loads(path.read_text())["measured"])
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            earlier = json.loads(path.read_text())["planned"]
+            self._planned = {**earlier, **(planned or {})}
 
     def current(self) -> float:
         """What is in use, in GiB. Called once a step, it also follows the peak where the device does not."""

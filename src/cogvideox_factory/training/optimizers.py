@@ -88,15 +88,8 @@ def check_optimizer(options: OptimizerOptions, accelerator: Accelerator) -> None
 
     Called before anything is loaded. Options without effect are told.
     """
-    if not options.use_cpu_offload_optimizer:
-        if options.use_torchao and not _precisions(options):
-            raise UserError(
-                "--use_torchao: says whose low-bit optimizer to take; add --use_8bit, --use_4bit or --use_fp8, or "
-                "leave it out"
-            )
-        if options.offload_gradients:
-            raise UserError("--offload_gradients: only together with --use_cpu_offload_optimizer; add that")
-    elif accelerator.device.type == "cpu":
+    check_optimizer_options(options, has_scaler=accelerator.scaler is not None)
+    if options.use_cpu_offload_optimizer and accelerator.device.type == "cpu":
         raise UserError(
             "--use_cpu_offload_optimizer: needs a GPU; on a CPU the optimizer is there already, leave it out"
         )
@@ -105,18 +98,31 @@ def check_optimizer(options: OptimizerOptions, accelerator: Accelerator) -> None
             "--offload_gradients: for one GPU only, as gradients leave before they are averaged over the "
             f"{accelerator.num_processes} processes; leave it out"
         )
-    if accelerator.scaler is not None:  # it looks for gradients that are gone by then
+    kind = _find_kind(options)
+    if options.use_fp8 and accelerator.device.type == "cuda" and torch.cuda.get_device_capability() < (8, 9):
+        raise UserError("--use_fp8: needs a GPU of compute capability 8.9 or newer (Ada, Hopper); take --use_8bit")
+    optimizer_class_of(kind)
+    _tell_without_effect(options)
+
+
+def check_optimizer_options(options: OptimizerOptions, *, has_scaler: bool) -> None:
+    """Raises UserError for options that contradict each other on every machine. `has_scaler`: gradients are fp16."""
+    if not options.use_cpu_offload_optimizer:
+        if options.use_torchao and not _precisions(options):
+            raise UserError(
+                "--use_torchao: says whose low-bit optimizer to take; add --use_8bit, --use_4bit or --use_fp8, or "
+                "leave it out"
+            )
+        if options.offload_gradients:
+            raise UserError("--offload_gradients: only together with --use_cpu_offload_optimizer; add that")
+    if has_scaler:  # it looks for gradients that are gone by then
         for flag, is_given in (
             ("--use_cpu_offload_optimizer", options.use_cpu_offload_optimizer),
             ("--trainable_dtype bf16", options.trainable_dtype == "bf16"),
         ):
             if is_given:
                 raise UserError(f"{flag}: not together with fp16; take --mixed_precision bf16")
-    kind = _find_kind(options)
-    if options.use_fp8 and accelerator.device.type == "cuda" and torch.cuda.get_device_capability() < (8, 9):
-        raise UserError("--use_fp8: needs a GPU of compute capability 8.9 or newer (Ada, Hopper); take --use_8bit")
-    optimizer_class_of(kind)
-    _tell_without_effect(options)
+    _find_kind(options)
 
 
 def optimizer_name(options: OptimizerOptions) -> str:

@@ -23,7 +23,7 @@ from cogvideox_factory.data.files import hash_of, hash_of_bytes, write_durably
 from cogvideox_factory.data.images import is_address, read_image
 from cogvideox_factory.data.store import Entry, PreparedSet
 from cogvideox_factory.data.web_images import redacted
-from cogvideox_factory.model.encoders import decode_image, load_vae
+from cogvideox_factory.model.encoders import decode_image, load_vae, spare_memory
 from cogvideox_factory.model.family import Checkpoint
 
 logger = logging.getLogger(__name__)
@@ -105,9 +105,16 @@ class StartImages:
         }
 
     def names(
-        self, checkpoint: Checkpoint, prepared: PreparedSet, entries: Sequence[Entry], device: torch.device
+        self,
+        checkpoint: Checkpoint,
+        prepared: PreparedSet,
+        entries: Sequence[Entry],
+        device: torch.device,
+        *,
+        use_tiling: bool = False,
     ) -> list[str]:
-        """File of each prompt's picture in the folder; first frames are decoded where they are not there yet."""
+        """File of each prompt's picture in the folder; first frames are decoded, tile by tile where that is asked for,
+        if they are not there yet."""
         names = []
         for number, source in enumerate(self.sources):
             if source != FIRST_FRAME:
@@ -116,7 +123,8 @@ class StartImages:
             file = self._clip_for(number, entries).files["images"][0]
             names.append(f"{hash_of(file)}.png")
             if not (self.folder / names[-1]).is_file():
-                self._write(names[-1], _first_frame(checkpoint, prepared.read_tensors(file)["first"], device))
+                first = prepared.read_tensors(file)["first"]
+                self._write(names[-1], _first_frame(checkpoint, first, device, use_tiling=use_tiling))
         return names
 
     def _keep(self, source: str, allow_private: bool) -> str:
@@ -156,7 +164,17 @@ class StartImages:
         write_durably(self.folder / name, content.getvalue())
 
 
-def _first_frame(checkpoint: Checkpoint, raw_latents: torch.Tensor, device: torch.device) -> Image.Image:
+def first_frame_decoder(checkpoint: Checkpoint, dtype: torch.dtype, *, use_tiling: bool, load=None):
+    """The half of the VAE that first frames are decoded with; planning has a `load` of its own, without weights."""
+    vae = (load or load_vae)(checkpoint, dtype)
+    vae.encoder = None
+    spare_memory(vae, checkpoint, use_slicing=False, use_tiling=use_tiling)
+    return vae
+
+
+def _first_frame(
+    checkpoint: Checkpoint, raw_latents: torch.Tensor, device: torch.device, *, use_tiling: bool
+) -> Image.Image:
     """The first frame of a clip as the VAE gives it back, from its raw latents of shape (C, H, W)."""
-    vae = load_vae(checkpoint, raw_latents.dtype).to(device)
+    vae = first_frame_decoder(checkpoint, raw_latents.dtype, use_tiling=use_tiling).to(device)
     return Image.fromarray(decode_image(vae, raw_latents.to(device)))

@@ -100,7 +100,9 @@ class Validation:
     def keep_images(self, prepared: PreparedSet, entries: Sequence[Entry], device: torch.device) -> None:
         """Put the images that the videos start from into the run, and their names into the videos."""
         if self.start_images:
-            names = self.start_images.names(self.checkpoint, prepared, entries, device)
+            names = self.start_images.names(
+                *(self.checkpoint, prepared, entries, device), use_tiling=self.options.encoding.use_tiling
+            )
             each = self.options.validation.num_validation_videos
             self.videos = [
                 replace(video, image=f"{Path(FOLDER).name}/{names[index // each]}")
