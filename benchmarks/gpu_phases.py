@@ -265,7 +265,8 @@ def measure_testing(options: Plan, checkpoint: Checkpoint, meter: Meter) -> dict
     )
     if options.method.training_type == "lora":
         attach(transformer, options.method, options.lora, options.seed)
-        transformer.to(dtype)
+        for parameter in trainable_parameters(transformer).values():
+            parameter.data = parameter.data.to(dtype)  # as diffusers loads it
     pipeline = checkpoint.pipeline_class(
         tokenizer=FakeTokenizer(),
         text_encoder=text_encoder,

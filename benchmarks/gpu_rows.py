@@ -40,7 +40,7 @@ class Row:
     def all_flags(self, tiny: Path | None) -> list[str]:
         """`tiny`: the folder of a shrunken model, whose clips are small too."""
         model = f"THUDM/{self.model}" if tiny is None else str(tiny)
-        size = () if tiny is None else ("--frame_buckets", "9", "--height_buckets", "64", "--width_buckets", "96")
+        size = () if tiny is None else ("--frame_buckets", "9", "--height_buckets", "32", "--width_buckets", "48")
         return ["--pretrained_model_name_or_path", model, "--mixed_precision", "bf16", *self.flags, *size]
 
 
@@ -133,7 +133,7 @@ def write_tiny(model: str, folder: Path) -> None:
     """The configs of a published model, of which everything is as it is but the sizes."""
     published.write_configs(model, folder)
     sizes: dict[str, dict[str, Any]] = {
-        "transformer": {"num_attention_heads": 2, "attention_head_dim": 64, "num_layers": 4, "time_embed_dim": 32},
+        "transformer": {"num_attention_heads": 2, "attention_head_dim": 64, "num_layers": 3, "time_embed_dim": 32},
         "vae": {"block_out_channels": [16, 16, 32, 32], "norm_num_groups": 8, "layers_per_block": 1},
         "text_encoder": {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 3, "num_heads": 4, "vocab_size": 64},
     }
