@@ -13,9 +13,8 @@ out of memory is a result. `--tiny` runs all of it on a CPU with shrunken models
 what CUDA counts.
 
 On a machine without the package, PYTHONPATH=src suffices. What an image with torch (2.11 will do), transformers,
-accelerate, peft, sentencepiece and psutil then lacks, as wheels: diffusers, importlib_metadata, av, tyro,
-docstring_parser and typeguard; bitsandbytes for the 8-bit rows (of its libraries, the one for the CUDA version at hand
-is enough) and torchao, where a row asks for it.
+accelerate, peft, pillow, pyyaml and psutil then lacks, as wheels: diffusers, av, tyro and docstring_parser; and where a
+row asks for them, bitsandbytes (of its libraries, the one for the CUDA version at hand is enough) and torchao.
 """
 
 from __future__ import annotations
@@ -87,7 +86,7 @@ def measure_into(row: Row, meter: Meter, num_steps: int, card: float | None, fil
             file.write_text(json.dumps(record))
         record["status"] = "measured"
     except torch.OutOfMemoryError as error:
-        record |= {"status": "out of memory", "error": str(error).split(". ")[0]}
+        record |= {"status": "out of memory", "error": str(error)[:300]}
     except Exception as error:  # whatever it is, the next row is to have its turn
         traceback.print_exc()
         record |= {"status": "failed", "error": f"{type(error).__name__}: {error}"[:500]}
@@ -132,21 +131,24 @@ def write_results(path: Path, results: Mapping[str, Any]) -> None:
 def table(rows: Mapping[str, Row], results: Mapping[str, Any]) -> str:
     """Markdown: a line for each phase of each row of which something is known."""
     latest = {record["row"]: record for record in results["measured"]}
-    columns = ["row", "phase", "planned", "allocated", "reserved", "promised", "published"]
-    columns += ["host: planned", "resident", "pinned", "step, s", "status"]
+    columns = ["row", "phase", "planned", "allocated", "reserved", "outside", "promised", "published"]
+    columns += ["host: planned", "resident", "pinned", "host: promised", "step, s", "status"]
     lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
     for row in rows.values():
         record, planned = latest.get(row.name, {}), results["planned"].get(row.name, {})
         reached = record.get("phases", {})
         for phase in [name for name in NAMES if name in {**planned, **reached}] or (["–"] if record else []):
             plan, figures = planned.get(phase, {}), reached.get(phase, {})
+            promised = row.promised.get(phase)
             cells = [
-                *(plan.get("peak"), figures.get("peak"), figures.get("reserved"), row.promised.get(phase)),
+                *(plan.get("peak"), figures.get("peak"), figures.get("reserved"), figures.get("outside"), promised),
                 row.published.get(PUBLISHED_AS.get(phase, "")),
-                *(plan.get("host"), figures.get("host"), figures.get("pinned")),
+                *(plan.get("host"), figures.get("host"), figures.get("pinned"), row.promised.get("host")),
                 figures.get("seconds", {}).get("step"),
             ]
             status = "measured" if figures else record.get("status", "not measured")
+            if promised is not None and figures.get("peak", 0) > promised:
+                status = "more than promised"
             lines.append(f"| {row.name} | {phase} | {' | '.join(map(cell, cells))} | {status} |")
     return "\n".join(lines)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
+import resource
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -83,13 +84,14 @@ class CudaMeter:
         torch.cuda.synchronize()
         free, total = torch.cuda.mem_get_info()
         stats = torch.cuda.host_memory_stats() if hasattr(torch.cuda, "host_memory_stats") else {}
-        status = Path("/proc/self/status").read_text()
-        resident = next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
+        lines = Path("/proc/self/status").read_text().splitlines()
+        of_all = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # where the kernel tells no other
+        resident = next((int(line.split()[1]) for line in lines if line.startswith("VmHWM")), of_all)
         figures = {
             "peak": torch.cuda.max_memory_allocated(),
             "reserved": torch.cuda.max_memory_reserved(),
             "outside": total - free - torch.cuda.memory_reserved(),
-            "host": resident,
+            "host": resident * 1024,
             "pinned": stats.get("allocated_bytes.peak", 0),
         }
         return {name: round(value / GIB, 3) for name, value in figures.items()}

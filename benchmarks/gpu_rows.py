@@ -69,10 +69,14 @@ RECIPES = (
     Row("smallest-1.5", "CogVideoX1.5-5B", SMALLEST, promised={"training": 6.0}),
     Row("sft-5b", "CogVideoX-5b", (*SFT, *STATES_ON_HOST), promised={"training": 14.0, "host": 46.0}),
     Row(
-        *("sft-5b-no-host", "CogVideoX-5b", (*SFT, "--trainable_dtype", "bf16", "--use_8bit")),
+        *("sft-5b-no-host", "CogVideoX-5b", (*SFT, "--trainable_dtype", "bf16", "--use_8bit", "--split_checkpoints")),
         promised={"training": 22.8},
     ),
     Row("sft-2b", "CogVideoX-2b", (*SFT, *STATES_ON_HOST), promised={"training": 7.5}),
+    Row(
+        *("sft-2b-no-host", "CogVideoX-2b", (*SFT, "--trainable_dtype", "bf16", "--use_4bit", "--use_torchao")),
+        promised={"training": 7.5},
+    ),
 )
 
 # The original's optimizers in our options; its DeepSpeed rows are of an engine that takes an accelerate configuration.

@@ -108,10 +108,16 @@ def test_out_of_memory_is_a_result(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     record = gpu_memory.measure_into(ROWS["lora-5b-videos"], gpu_phases.TinyMeter(), 1, 24.0, file)
     assert record["status"] == "out of memory" and record["phases"] == {"training": {"peak": 1.0}}
     assert json.loads(file.read_text()) == record and record["counted"] == "tensors on a CPU"
-    text = gpu_memory.table(
-        ROWS, {"planned": {"lora-5b-videos": {"testing": {"peak": 2.0, "host": 3.0}}}, "measured": [record]}
-    )
-    assert "| lora-5b-videos | training |  | 1.00 |  | 17.50 |" in text and "3.00 |  |  |  | out of memory |" in text
+    planned = {"lora-5b-videos": {"testing": {"peak": 2.0, "host": 3.0}}}
+    over = {"row": "lora-5b", "status": "measured", "phases": {"training": {"peak": 17.5, "seconds": {"step": 4}}}}
+    text = gpu_memory.table(ROWS, {"planned": planned, "measured": [record, over]})
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
+    named = [dict(zip(lines[0], line, strict=True)) for line in lines[2:]]
+    assert [(line["row"], line["phase"], line["planned"], line["allocated"], line["status"]) for line in named] == [
+        ("lora-5b", "training", "", "17.50", "more than promised"),
+        ("lora-5b-videos", "training", "", "1.00", "measured"),
+        ("lora-5b-videos", "testing", "2.00", "", "out of memory"),
+    ]
 
 
 @pytest.mark.parametrize("end", ["killed", "too slow"])
