@@ -13,8 +13,9 @@ out of memory is a result. `--tiny` runs all of it on a CPU with shrunken models
 what CUDA counts.
 
 On a machine without the package, PYTHONPATH=src suffices. What an image with torch (2.11 will do), transformers,
-accelerate, peft, pillow, pyyaml and psutil then lacks, as wheels: diffusers, av, tyro and docstring_parser; and where a
-row asks for them, bitsandbytes (of its libraries, the one for the CUDA version at hand is enough) and torchao.
+accelerate, peft, pillow, pyyaml and psutil then lacks, as wheels: diffusers, av, tyro, docstring_parser and typeguard.
+Where a row asks for them, also bitsandbytes (of its libraries, the one for the CUDA version at hand is enough) and
+torchao.
 """
 
 from __future__ import annotations
