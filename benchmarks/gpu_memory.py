@@ -9,8 +9,8 @@ Which trainings these are stands in gpu_rows.py, how each is run in gpu_phases.p
     python benchmarks/gpu_memory.py --table
 
 Each row is a process of its own, with a fresh CUDA context, and its result is in the file before the next one starts;
-out of memory is a result. `--tiny` runs all of it on a CPU with shrunken models, where tensors are counted in place of
-what CUDA counts.
+out of memory is a result. `--tiny` runs it on a CPU with shrunken models, where tensors are counted in place of what
+CUDA counts (not with torchao's optimizers: nothing can be counted in what they compile).
 
 On a machine without the package, PYTHONPATH=src suffices. What an image with torch (2.11 will do), transformers,
 accelerate, peft, pillow, pyyaml and psutil then lacks, as wheels: diffusers, av, tyro, docstring_parser and typeguard.

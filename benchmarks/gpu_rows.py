@@ -67,6 +67,7 @@ RECIPES = (
     ),
     Row("lora-1.5", "CogVideoX1.5-5B", OFFLOADED, promised={"training": 16.0}),
     Row("smallest-1.5", "CogVideoX1.5-5B", SMALLEST, promised={"training": 6.0}),
+    *(Row(f"lora-5b-{base}", "CogVideoX-5b", (*OFFLOADED, "--quantize_base", base)) for base in ("int8", "nf4")),
     Row("sft-5b", "CogVideoX-5b", (*SFT, *STATES_ON_HOST), promised={"training": 14.0, "host": 46.0}),
     Row(
         *("sft-5b-no-host", "CogVideoX-5b", (*SFT, "--trainable_dtype", "bf16", "--use_8bit", "--split_checkpoints")),
