@@ -16,7 +16,7 @@ DATA = Path(__file__).with_name("cards.json")
 PAGE = Path(__file__).with_name("cards.md")
 PICTURE = Path(__file__).parent / "images/memory.svg"
 CARDS = {6: 32, 8: 32, 12: 32, 16: 64, 24: 64, 48: 128, 80: 128}  # GiB of the card: of a machine that it is found in
-MEMBERS = ("CogVideoX-2b", "CogVideoX-5b", "CogVideoX-5b-I2V", "CogVideoX1.5-5B", "CogVideoX1.5-5B-I2V")
+MEMBERS = ("CogVideoX-5b", "CogVideoX-2b", "CogVideoX1.5-5B", "CogVideoX-5b-I2V", "CogVideoX1.5-5B-I2V")
 METHODS = {"lora": "LoRA of rank 64", "sft": "full fine-tuning"}
 PARTS = {
     "weights": ("weights", "#4c78a8"),
@@ -49,7 +49,7 @@ def search(member: str, method: str) -> dict[str, Any]:
     from cogvideox_factory.config import Plan, with_values
     from cogvideox_factory.planning import open_configs, resolve
     from cogvideox_factory.planning.search import search
-    from cogvideox_factory.planning.texts import as_json, flags_of
+    from cogvideox_factory.planning.texts import as_json, budget_of, flags_of
     from cogvideox_factory.planning.traces import Traces
 
     found: dict[str, Any] = {}

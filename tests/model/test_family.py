@@ -420,6 +420,11 @@ def test_missing_component_is_refused_by_its_name(copy_of_tiny: Path, component:
     assert f"lacks {component};" in refusal(copy_of_tiny)
 
 
+def test_a_text_encoder_without_its_config_is_refused(copy_of_tiny: Path) -> None:
+    (copy_of_tiny / "text_encoder/config.json").unlink()
+    assert "lacks text_encoder/config.json;" in refusal(copy_of_tiny)
+
+
 def test_all_missing_components_are_named_at_once(copy_of_tiny: Path) -> None:
     for component in ("vae", "scheduler"):
         shutil.rmtree(copy_of_tiny / component)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 import yaml
 
 from cogvideox_factory.command_line import parse_command
-from cogvideox_factory.config import Plan, Train, UserError
+from cogvideox_factory.config import Plan, Train, UserError, write_config
 from cogvideox_factory.data.store import Entry, PreparedSet
 from cogvideox_factory.memory.tracker import PARTS, Moment
 from cogvideox_factory.planning import before_training
@@ -115,6 +116,73 @@ def test_the_machine_is_the_budget_of_what_waits_there(tiny_model: Path, prepare
     limited = train_options(tiny_model, prepared_folder, "--gpu_memory", "24", "--host_memory", "1.5")
     with pytest.raises(UserError, match=r"1\.50 GiB of the machine"):  # less than the program itself takes
         plan_training(limited)
+
+
+def test_a_machine_that_is_only_found_is_a_warning(
+    tiny_model: Path, prepared_folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What waits on the host may be swapped; what the user says of it counts."""
+    monkeypatch.setattr(before_training, "memory_of_machine", lambda: 1.5)
+    monkeypatch.setattr(logging.getLogger("cogvideox_factory"), "propagate", True)
+    _, planned = plan_training(train_options(tiny_model, prepared_folder, "--gpu_memory", "24"))
+    assert planned and "more than it has room for" in caplog.text
+
+
+def test_a_container_has_less_than_its_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = {"memory.max": "1073741824"}
+    monkeypatch.setattr(before_training, "Path", lambda path: tmp_path / Path(path).name)
+    (tmp_path / "memory.max").write_text("max")
+    whole = before_training.memory_of_machine()
+    (tmp_path / "memory.max").write_text(files["memory.max"])
+    assert before_training.memory_of_machine() == 1.0 < whole
+
+
+def test_a_larger_budget_than_the_card_is_not_there(
+    tiny_model: Path, prepared_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(before_training, "memory_of_card", lambda: 4.0)
+    with pytest.raises(UserError, match=r"4\.00 GiB of the GPU"):
+        plan_training(train_options(tiny_model, prepared_folder, "--gpu_memory", "24"))
+
+
+def test_a_fault_of_the_plan_keeps_nobody_from_training(
+    tiny_model: Path, prepared_folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(Traced, "phase", lambda *_: 1 / 0)
+    monkeypatch.setattr(logging.getLogger("cogvideox_factory"), "propagate", True)
+    options = train_options(tiny_model, prepared_folder, "--gpu_memory", "24")
+    assert plan_training(options) == (options, None)
+    assert "could not be planned (ZeroDivisionError" in caplog.text
+
+
+def test_what_train_refuses_at_once_is_not_planned_first(
+    cli: Cli, tiny_model: Path, prepared_folder: Path, tmp_path: Path
+) -> None:
+    Traced.asked = []
+    paths = ("--model_id", tiny_model, "--data_root", tmp_path / "none", "--output_dir", tmp_path / "run")
+    code, _, messages = cli("train", *paths, *SMALL, "--gpu_memory", "1.3")
+    assert code == 2 and "none" in messages and not Traced.asked
+
+
+def test_a_run_that_goes_on_keeps_the_form_of_its_states(
+    tiny_model: Path, prepared_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    flags = ("--training_type", "sft", "--use_8bit", "--feed_forward_chunks", "4")
+    run.mkdir()
+    write_config(train_options(tiny_model, prepared_folder, *flags), run / "config.yaml")
+    resumed = ("--training_type", "sft", "--resume_from_checkpoint", "latest", "--output_dir", str(run), "--fit")
+    options, _ = plan_training(train_options(tiny_model, prepared_folder, *resumed, "--gpu_memory", "4"))
+    assert options.optimizer.use_8bit and options.memory.feed_forward_chunks == 4
+    assert options.memory.gradient_checkpointing and options.optimizer.trainable_dtype == "fp32"
+
+
+def test_libraries_that_are_not_there_are_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(before_training.importlib.util, "find_spec", lambda name: None)
+    assert not before_training.is_installed({"use_8bit": True})
+    assert not before_training.is_installed({"quantize_base": "nf4"})
+    assert not before_training.is_installed({"use_4bit": True, "use_torchao": True})
+    assert before_training.is_installed({"quantize_base": "int8"}) and before_training.is_installed({})
 
 
 def test_several_processes_are_not_planned(

@@ -329,3 +329,16 @@ def test_a_validation_leaves_out_what_waits(plan: Plans) -> None:
     assert stays.parts["adapter"] > 0 and stays.parts["optimizer"] > 0
     assert waits.parts["adapter"] == waits.parts["optimizer"] == 0 < waits.parts["weights"] < stays.parts["weights"]
     assert waits.parts["activations"] == stays.parts["activations"] and waits.host > stays.host
+
+
+def test_the_picture_that_a_video_starts_from_is_part_of_the_preparing(member: Callable[[str], Path]) -> None:
+    """Decoded whole it takes more than in tiles, and more than there is in the encoding of a small text."""
+    size = ("--height_buckets", "320", "--width_buckets", "480", "--frame_buckets", "9")
+    peaks = []
+    for tiling in ((), ("--use_tiling",)):
+        options = parse_command(Plan, "plan", ("--model_id", str(member("1.5-5B-I2V")), *size, *tiling))
+        with open_configs(options) as checkpoint:
+            resolved = resolve(options, checkpoint)
+            stages = Traces(checkpoint).phase("preparing", resolved).stages
+            peaks.append(max(stage.peak for (part, _), stage in stages.items() if part == "picture"))
+    assert peaks[1] < 0.8 * peaks[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import gc
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -425,3 +426,15 @@ def test_weights_already_in_fp32_get_no_second_copy() -> None:
 def test_weights_in_fp16_are_a_programming_error() -> None:
     with pytest.raises(AssertionError):
         build_optimizer([Parameter(torch.ones(3, dtype=torch.float16))], SETTINGS, 1)
+
+
+@pytest.mark.parametrize("flags", [{"in_backward": True}, {"on_host": True, "offload_gradients": True}])
+def test_an_optimizer_that_is_dropped_goes_with_its_model(flags: dict[str, Any]) -> None:
+    """Its hooks live in the parameters; a test of what was saved needs the memory of both."""
+    model = make_model(torch.float32)
+    optimizer = Fp32Steps(list(model.parameters()), lambda stand_ins: torch.optim.AdamW(stand_ins), **flags)
+    train(model, optimizer, range(2))
+    gone = weakref.ref(optimizer), weakref.ref(model[0].weight)
+    del model, optimizer
+    gc.collect()
+    assert [reference() for reference in gone] == [None, None]

@@ -140,3 +140,11 @@ def test_what_an_earlier_part_of_the_run_measured_is_kept(tmp_path: Path) -> Non
     second.record("memory_after_validation", 3.0)
     second.write()
     assert json.loads((tmp_path / "memory.json").read_text())["measured"] == {"memory_after_validation": 7.0}
+
+
+def test_what_an_earlier_part_of_the_run_planned_is_kept(tmp_path: Path) -> None:
+    file = tmp_path / "memory.json"
+    MemoryMeter(torch.device("cpu"), file, {"memory_before_training": 1.0, "memory_after_testing": 4.0}).write()
+    MemoryMeter(torch.device("cpu"), file, {"memory_before_training": 2.0}).write()
+    MemoryMeter(torch.device("cpu"), file).write()
+    assert json.loads(file.read_text())["planned"] == {"memory_before_training": 2.0, "memory_after_testing": 4.0}

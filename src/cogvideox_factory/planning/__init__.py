@@ -20,7 +20,7 @@ from cogvideox_factory.memory.strategies import check_memory
 from cogvideox_factory.model import published
 from cogvideox_factory.model.family import Checkpoint, open_checkpoint, with_conditioning
 from cogvideox_factory.planning.phases import largest_bucket, training_dtype
-from cogvideox_factory.planning.search import Budget, search
+from cogvideox_factory.planning.search import search
 from cogvideox_factory.planning.texts import as_json, as_reasons, as_text, budget_of, nothing_fits
 from cogvideox_factory.planning.traces import Traces
 from cogvideox_factory.sampling import resolve_sampling
