@@ -63,7 +63,8 @@ def _parse(command_class: type[AnyCommand], name: str, arguments: list[str]) -> 
             description=_description(command_class),
             args=flags,
             use_underscores=True,
-            config=(tyro.conf.OmitArgPrefixes,),
+            # Help stands in docstrings alone; to look for comments, tyro would read all of config.py a class.
+            config=(tyro.conf.OmitArgPrefixes, tyro.conf.HelptextFromCommentsOff),
         )
 
     shown = _without_secrets(arguments)
