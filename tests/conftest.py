@@ -50,6 +50,14 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def shallow_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with two blocks: a trace takes time for every operation, whatever its size."""
+    folder = tmp_path_factory.mktemp("shallow-model")
+    build_tiny_pipeline(seed=0, num_layers=2).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def member(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Folder of the tiny model of a member of the family, made when first asked for."""
     made: dict[str, Path] = {}

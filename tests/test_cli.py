@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 
+from cogvideox_factory import cli as cli_module
+from cogvideox_factory.cli import main
 from cogvideox_factory.config import COMMANDS
 
 Cli = Callable[..., tuple[int, str, str]]
@@ -143,12 +145,36 @@ def test_prepare_train_sample_and_report_run_as_processes(tiny_model: Path, few_
     assert done.returncode == 0 and "report.html" in done.stderr
 
 
-def test_demo_ends_with_the_lora_the_videos_and_the_report(tmp_path: Path) -> None:
-    done = run("demo", "--output_dir", tmp_path / "demo")
-    assert done.returncode == 0, done.stderr
-    last = done.stderr.strip().splitlines()[-3:]
+def assert_demo_ended(messages: str) -> None:
+    """The last lines name what there is now, and four commands were shown."""
+    last = messages.strip().splitlines()[-3:]
     for line, name in zip(last, ("LoRA", "videos", "report"), strict=True):
         assert line.split()[0] == name
         assert Path(line.split()[1]).exists()
-    assert done.stderr.count("$ cogvideox-factory") == 4
-    assert "Traceback" not in done.stderr and "Warning" not in done.stderr and "WARNING" not in done.stderr
+    assert messages.count("$ cogvideox-factory") == 4
+    assert "Traceback" not in messages
+
+
+def test_demo_ends_with_the_lora_the_videos_and_the_report(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Its own commands, with few steps in place of many."""
+    few, shortened = {"--max_train_steps": "2", "--checkpointing_steps": "1", "--num_inference_steps": "1"}, set()
+
+    def run_shortened(arguments: Sequence[str]) -> int:
+        pairs = zip(("", *arguments), arguments, strict=False)
+        shortened.update(few.keys() & set(arguments))
+        return main([few.get(flag, value) for flag, value in pairs])
+
+    monkeypatch.setattr(cli_module, "main", run_shortened)
+    code, _, messages = cli("demo", "--output_dir", tmp_path / "demo")
+    assert code == 0 and shortened == few.keys()
+    assert_demo_ended(messages)
+
+
+@pytest.mark.slow
+def test_the_whole_demo_as_a_process(tmp_path: Path) -> None:
+    done = run("demo", "--output_dir", tmp_path / "demo")
+    assert done.returncode == 0, done.stderr
+    assert_demo_ended(done.stderr)
+    assert "Warning" not in done.stderr and "WARNING" not in done.stderr

@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from cogvideox_factory.cli import main
 from cogvideox_factory.data.store import PreparedSet
 
 SIZE = ("--frame_buckets", "9", "--height_buckets", "32", "--width_buckets", "48")
@@ -40,11 +41,9 @@ def content(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, clips: Path) -> Path:
-    """A set made in one go by one process, which decodes by itself."""
+    """A set made in one go by this process, which decodes by itself."""
     folder = tmp_path_factory.mktemp("whole")
-    process = start(command(tiny_model, clips, folder, "--num_decode_workers", "0"))
-    _, messages = process.communicate(timeout=120)
-    assert process.returncode == 0, messages
+    assert main(command(tiny_model, clips, folder, "--num_decode_workers", "0")[2:]) == 0
     assert len(PreparedSet(folder).read_index()) == 12
     return folder
 

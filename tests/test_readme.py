@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import av
@@ -104,43 +105,65 @@ def test_the_readmes_name_the_same_options_and_files() -> None:
     assert english == chinese
 
 
-def run_script(name: str, variables: Mapping[str, object], *flags: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, **{key: str(value) for key, value in variables.items()}}
-    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
-    return subprocess.run([str(ROOT / name), *flags], env=environment, capture_output=True, text=True, timeout=300)
+@pytest.fixture
+def run_script(cli: Cli, tmp_path: Path) -> Callable[..., tuple[int, str]]:
+    """Run a script with these variables, and the one command that it calls in-process: exit code, standard error."""
+    program, given = tmp_path / "bin/cogvideox-factory", tmp_path / "given"
+    program.parent.mkdir()
+    program.write_text(f"#!/bin/sh\nprintf '%s\\0' \"$@\" >> '{given}'\n")
+    program.chmod(0o755)
+
+    def call(name: str, variables: Mapping[str, object], *flags: str) -> tuple[int, str]:
+        given.unlink(missing_ok=True)
+        environment = {**os.environ, **{key: str(value) for key, value in variables.items()}}
+        environment["PATH"] = f"{program.parent}{os.pathsep}{environment['PATH']}"
+        subprocess.run([str(ROOT / name), *flags], env=environment, check=True, timeout=60)
+        code, _, messages = cli(*given.read_text().split("\0")[:-1])
+        return code, messages
+
+    return call
+
+
+def test_the_scripts_call_what_is_installed() -> None:
+    (entry,) = entry_points(group="console_scripts", name="cogvideox-factory")
+    assert entry.load() is main
 
 
 def test_the_scripts_run_as_they_are_when_their_variables_point_to_small_input(
-    tiny_model: Path, few_clips: Path, tmp_path: Path
+    run_script: Callable[..., tuple[int, str]], tiny_model: Path, few_clips: Path, tmp_path: Path
 ) -> None:
     sizes = {"FRAMES": "17", "HEIGHTS": "64", "WIDTHS": "96", "MODEL": tiny_model}
     prepare = {**sizes, "DATA_ROOT": few_clips, "OUTPUT_DIR": tmp_path / "prepared"}
-    done = run_script("prepare_dataset.sh", prepare)
-    assert done.returncode == 0, done.stderr
+    code, messages = run_script("prepare_dataset.sh", prepare)
+    assert code == 0, messages
     train = {**sizes, "DATA_ROOT": tmp_path / "prepared", "OUTPUT_DIR": tmp_path / "run"}
     train |= {"STEPS": "2", "LORA_RANK": "4", "INFERENCE_STEPS": "2"}
-    done = run_script("train_text_to_video_lora.sh", train, "--load_tensors")
-    assert done.returncode == 0, done.stderr
+    code, messages = run_script("train_text_to_video_lora.sh", train, "--load_tensors")
+    assert code == 0, messages
     assert (tmp_path / "run/pytorch_lora_weights.safetensors").exists() and (tmp_path / "run/report.html").exists()
-    again = run_script("train_text_to_video_lora.sh", train, "--load_tensors")
-    assert again.returncode == 0 and "finished" in again.stderr
+    code, messages = run_script("train_text_to_video_lora.sh", train, "--load_tensors")
+    assert code == 0 and "finished" in messages
     whole = {**train, "OUTPUT_DIR": tmp_path / "sft"}
-    done = run_script("train_text_to_video_sft.sh", whole, "--load_tensors")
-    assert done.returncode == 0, done.stderr
+    code, messages = run_script("train_text_to_video_sft.sh", whole, "--load_tensors")
+    assert code == 0, messages
     assert (tmp_path / "sft/model_index.json").exists() and (tmp_path / "sft/report.html").exists()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("script", "result"), [("lora", "pytorch_lora_weights.safetensors"), ("sft", "model_index.json")]
 )
 def test_the_scripts_for_image_to_video_run(
-    script: str, result: str, member: Callable[[str], Path], few_clips: Path, tmp_path: Path
+    run_script: Callable[..., tuple[int, str]],
+    script: str,
+    result: str,
+    member: Callable[[str], Path],
+    few_clips: Path,
+    tmp_path: Path,
 ) -> None:
     sizes = {"FRAMES": "17", "HEIGHTS": "64", "WIDTHS": "96", "STEPS": "1", "LORA_RANK": "4", "INFERENCE_STEPS": "1"}
     train = {**sizes, "MODEL": member("5b-I2V"), "DATA_ROOT": few_clips, "OUTPUT_DIR": tmp_path / "run"}
-    done = run_script(f"train_image_to_video_{script}.sh", train, "--num_image_draws", "1")
-    assert done.returncode == 0, done.stderr
+    code, messages = run_script(f"train_image_to_video_{script}.sh", train, "--num_image_draws", "1")
+    assert code == 0, messages
     assert (tmp_path / "run" / result).exists()
     assert list((tmp_path / "run/validation/images").glob("*.png"))
 

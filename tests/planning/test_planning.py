@@ -21,11 +21,11 @@ NAMES = ["preparing", "training", "validation", "testing"]
 
 
 def test_the_plan_for_programs_and_for_people(
-    cli: Cli, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    cli: Cli, shallow_model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(socket, "socket", None)  # nothing may be looked up
-    flags = ("plan", "--pretrained_model_name_or_path", tiny_model, "--rank", "4", "--gpu_memory", "24")
+    flags = ("plan", "--pretrained_model_name_or_path", shallow_model, "--rank", "4", "--gpu_memory", "24")
     code, out, messages = cli(*flags, "--json")
     assert code == 0, messages
     plan = json.loads(out)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from hypothesis import given, settings
@@ -75,9 +77,20 @@ class Formula:
         return Phase(name, {"": Moment({**dict.fromkeys(PARTS, 0), "weights": peak}, host)})
 
 
-def all_steps(options: Plan) -> Iterator[tuple[dict[str, Any], float, bool]]:
-    """Values, slowdown and exactness of every way to make a step, for the formula with two resident blocks."""
-    is_lora = options.method.training_type == "lora"
+@dataclass(frozen=True)
+class Step:
+    """A way to make a step."""
+
+    values: Mapping[str, Any]
+    options: Plan
+    order: tuple[bool, float]  # what is searched comes first: exact before quick before slow
+
+
+@functools.cache
+def all_steps(training_type: Any) -> list[Step]:
+    """Every way to make a step, for the formula with two resident blocks."""
+    is_lora = training_type == "lora"
+    options = Plan(method=MethodOptions(training_type=training_type))
     rows = {strategy.flag: strategy.levers for strategy in STRATEGIES}
     names = ("gradient_checkpointing", "offload_activations", "feed_forward_chunks", "split_checkpoints")
     groups: list[tuple[Lever, ...]] = [rows[f"--{name}"] for name in names]
@@ -85,6 +98,7 @@ def all_steps(options: Plan) -> Iterator[tuple[dict[str, Any], float, bool]]:
         groups += [rows["--resident_blocks"], STATES_OF_LORA, rows.get("--quantize_base", ())]
     else:
         groups += [rows["--optimizer_in_backward"], STATES, WEIGHTS_IN_BF16]
+    steps = []
     for chosen in itertools.product(*((None, *levers) for levers in groups)):
         levers = [lever for lever in chosen if lever]
         values = {name: value for lever in levers for name, value in lever.values.items()}
@@ -95,7 +109,9 @@ def all_steps(options: Plan) -> Iterator[tuple[dict[str, Any], float, bool]]:
         if values.get("optimizer_in_backward") and values.get("offload_gradients"):
             continue
         slowdown = math.prod(lever.slowdown for lever in levers)
-        yield values, slowdown, all(lever.is_exact for lever in levers)
+        is_exact = all(lever.is_exact for lever in levers)
+        steps.append(Step(values, with_values(options, values), (not is_exact, slowdown)))
+    return steps
 
 
 @settings(deadline=None, max_examples=60)
@@ -109,11 +125,8 @@ def test_no_step_that_fits_is_faster(training_type: Any, budget: int, host: floa
     options = Plan(method=MethodOptions(training_type=training_type))
     traces: Any = Formula(activations=activations)
     found = search(options, traces, Budget(budget, host), ["training"])
-    fitting = [
-        (not is_exact, slowdown)
-        for values, slowdown, is_exact in all_steps(options)
-        if Budget(budget, host).holds(traces.phase("training", with_values(options, values)))
-    ]
+    steps = all_steps(training_type)
+    fitting = [step.order for step in steps if Budget(budget, host).holds(traces.phase("training", step.options))]
     assert found.fits == bool(fitting)
     if fitting:
         assert Budget(budget, host).holds(traces.phase("training", found.options))
@@ -123,8 +136,7 @@ def test_no_step_that_fits_is_faster(training_type: Any, budget: int, host: floa
             too_many = not Budget(budget * 0.97, host).holds(traces.phase("training", with_values(options, more)))
             assert too_many or values["resident_blocks"] == traces.num_blocks - 1
             values["resident_blocks"] = 2
-        ways = [(not exact, slowdown) for others, slowdown, exact in all_steps(options) if others == values]
-        assert ways == [min(fitting)]
+        assert [step.order for step in steps if step.values == values] == [min(fitting)]
 
 
 def test_only_what_is_needed_is_chosen() -> None:
@@ -162,7 +174,7 @@ def test_states_in_low_bits_are_for_the_optimizers_that_have_them() -> None:
 def test_few_steps_are_traced() -> None:
     traces: Any = Formula(activations=3000)
     assert search(Plan(method=MethodOptions(training_type="sft")), traces, Budget(420)).fits
-    assert traces.num_traced < 30 < len(list(all_steps(Plan(method=MethodOptions(training_type="sft")))))
+    assert traces.num_traced < 30 < len(all_steps("sft"))
 
 
 def test_nothing_fits_into_too_little() -> None:
