@@ -98,7 +98,7 @@ def test_the_hubs_cache_of_links_is_followed_to_its_files(tiny_model: Path, tmp_
 @pytest.mark.parametrize("is_sharded", [False, True])
 def test_the_files_of_a_variant_get_plain_names(tmp_path: Path, is_sharded: bool) -> None:
     pipeline = build_tiny_pipeline(seed=5).to(torch.float16)
-    options: dict[str, Any] = {"max_shard_size": "200KB"} if is_sharded else {}
+    options: dict[str, Any] = {"max_shard_size": "50KB"} if is_sharded else {}
     pipeline.save_pretrained(tmp_path / "base", variant="fp16", **options)
     build_tiny_pipeline(seed=6).save_pretrained(tmp_path / "plain")  # other weights, which lie beside them
     shutil.copytree(tmp_path / "plain", tmp_path / "base", dirs_exist_ok=True)
