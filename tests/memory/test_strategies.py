@@ -62,7 +62,10 @@ def plain(checkpoint: Checkpoint, prepared: PreparedSet, entries: list[Entry]) -
     return get
 
 
-@pytest.mark.parametrize(("name", "dtype"), [*((name, "fp32") for name in MOVING), ("offloaded-swapped", "bf16")])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [*((name, "fp32") for name in MOVING), pytest.param("offloaded-swapped", "bf16", marks=pytest.mark.slow)],
+)
 def test_what_moves_or_recomputes_changes_no_bit(
     name: str, dtype: str, plain, checkpoint: Checkpoint, prepared: PreparedSet, entries: list[Entry]
 ) -> None:

@@ -65,6 +65,7 @@ def write_configs(folder: Path, transformer: dict[str, Any], vae: dict[str, Any]
     (folder / "model_index.json").write_text('{"_class_name": "CogVideoXPipeline"}')
     (folder / "transformer" / "config.json").write_text(json.dumps(transformer))
     (folder / "vae" / "config.json").write_text(json.dumps(vae))
+    (folder / "text_encoder" / "config.json").write_text("{}")
     return folder
 
 

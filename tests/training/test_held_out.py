@@ -381,6 +381,7 @@ def test_held_out_clips_are_never_trained_on(train: Train, tmp_path: Path, entri
     assert measured == sorted({*range(0, steps, 4), steps})  # every checkpoint has its value
 
 
+@pytest.mark.slow
 def test_measuring_changes_no_weight_and_another_fraction_is_told(
     train: Train, tmp_path: Path, prepared_folder: Path
 ) -> None:

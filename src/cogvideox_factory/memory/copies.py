@@ -22,9 +22,13 @@ def empty_on_host(shape: Sequence[int], dtype: torch.dtype, device: torch.device
     if device == torch.device("cpu"):
         return torch.empty(shape, dtype=dtype)
     num_bytes = math.prod(shape) * dtype.itemsize
-    whole = 1 << max(num_bytes - 1, 0).bit_length()
-    memory = torch.empty(whole, dtype=torch.uint8, device="cpu", pin_memory=device.type == "cuda")
+    memory = torch.empty(page_locked_size(num_bytes), dtype=torch.uint8, device="cpu", pin_memory=device.type == "cuda")
     return memory[:num_bytes].view(dtype).view(shape)
+
+
+def page_locked_size(num_bytes: int) -> int:
+    """Bytes that torch's allocator of page-locked memory takes for so many."""
+    return 1 << max(num_bytes - 1, 0).bit_length()
 
 
 class SideStream:

@@ -187,7 +187,8 @@ def open_checkpoint(options: ModelOptions, *, with_weights: bool = True) -> Chec
             f"--pretrained_model_name_or_path {name}: is a {pipeline.get('_class_name')}, not a CogVideoX pipeline"
         )
     missing = [component for component in COMPONENTS if not (folder / component).is_dir()]
-    missing += [name for name in ["text_encoder/config.json"] if not missing and not (folder / name).is_file()]
+    if not missing and not (folder / "text_encoder" / "config.json").is_file():
+        missing = ["text_encoder/config.json"]
     if missing:
         raise UserError(
             f"--pretrained_model_name_or_path {name}: the pipeline lacks {', '.join(missing)}; download the whole "
