@@ -29,7 +29,7 @@ SHOWN = ("CogVideoX-5b", "lora")
 INTRODUCTION = """\
 # One command for your card
 
-What `cogvideox-factory plan --fit --gpu_memory CARD --host_memory MACHINE` chooses for the five models at their native
+What `cogvideox-factory plan --fit --gpu_memory CARD --host_memory MACHINE` chooses for each model at its native
 size (49×480×720; 81×768×1360 for CogVideoX 1.5), batch 1: the fastest settings with which preparing, training,
 validation and testing all fit, exact ones before approximations. Smaller or fewer frames need less. The machine is
 taken to have 32 GiB of memory beside a card of up to 12 GiB, 64 beside one of up to 24, else 128.
@@ -70,11 +70,19 @@ def search(member: str, method: str) -> dict[str, Any]:
 def page(found: dict[str, Any]) -> str:
     """The page, from what was found."""
     lines = [INTRODUCTION]
+    missing = [
+        f"{METHODS[method]} of {member}"
+        for method in METHODS
+        for member in MEMBERS
+        if f"{member} {method}" not in found
+    ]
+    if missing:
+        lines.append(f"Not looked for yet, ask `plan --fit`: {', '.join(missing)}.\n")
     for method, title in METHODS.items():
-        lines.append(f"## {title[0].upper()}{title[1:]}\n")
-        for member in MEMBERS:
-            if f"{member} {method}" not in found:
-                continue
+        members = [member for member in MEMBERS if f"{member} {method}" in found]
+        if members:
+            lines.append(f"## {title[0].upper()}{title[1:]}\n")
+        for member in members:
             lines += [f"### {member}\n", "| GiB | card | machine | options |", "|---|---|---|---|"]
             for card, result in found[f"{member} {method}"].items():
                 gpu = max(phase["peak_gib"] for phase in result["phases"]) + 1.2
