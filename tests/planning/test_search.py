@@ -1,4 +1,4 @@
-"""The search against all settings there are, on a made-up model whose bytes are a formula; and through the commands."""
+"""The search against all settings there are, on a made-up model whose bytes are a formula."""
 
 from __future__ import annotations
 

@@ -23,19 +23,13 @@ from cogvideox_factory.config import DataOptions, Plan, Train, UserError, option
 from cogvideox_factory.data.store import PreparedSet
 from cogvideox_factory.planning import open_configs, resolve
 from cogvideox_factory.planning.phases import HELD, Phase
-from cogvideox_factory.planning.search import search
+from cogvideox_factory.planning.search import OPTIONS, search
 from cogvideox_factory.planning.texts import GIB, as_reasons, budget_of, does_not_fit, nothing_fits
 from cogvideox_factory.planning.traces import Traces
 
 logger = logging.getLogger(__name__)
 
-# What a search may set; and what of it a run that goes on keeps: its saved states are of that form.
-CHOSEN = {
-    *("gradient_checkpointing", "offload_activations", "split_checkpoints", "feed_forward_chunks", "resident_blocks"),
-    *("quantize_base", "optimizer_in_backward", "trainable_dtype", "use_8bit", "use_4bit", "use_torchao"),
-    *("use_cpu_offload_optimizer", "offload_gradients", "use_tiling", "offload_text_encoder"),
-    *("enable_tiling", "enable_model_cpu_offload"),
-}
+# What a run that goes on keeps, as its saved states are of that form.
 KEPT_BY_A_RUN = {"quantize_base", "trainable_dtype", "use_8bit", "use_4bit"}
 
 
@@ -75,7 +69,7 @@ def plan_training(options: Train) -> tuple[Train, Mapping[str, float] | None]:
             if not found.fits:
                 raise UserError(nothing_fits(found))
             logger.info("%s", as_reasons(found))
-            chosen = {name: value for name, value in option_values(found.options).items() if name in CHOSEN}
+            chosen = {name: value for name, value in option_values(found.options).items() if name in OPTIONS}
             return with_values(options, {**chosen, "fit": False}), as_measured(found.phases)
         try:
             phases = [traces.phase(name, plan) for name in names]
@@ -108,7 +102,7 @@ def with_choices_of_run(plan: Plan, options: Train) -> tuple[Plan, Callable[[Map
     if not options.training.resume_from_checkpoint or not file.is_file():
         return plan, is_installed
     given, defaults, settings = option_values(plan), option_values(Plan()), read_config(file)
-    earlier = {name: settings[name] for name in CHOSEN if name in settings and given.get(name) == defaults.get(name)}
+    earlier = {name: settings[name] for name in OPTIONS if name in settings and given.get(name) == defaults.get(name)}
     return with_values(plan, earlier), lambda values: is_installed(values) and not KEPT_BY_A_RUN & set(values)
 
 

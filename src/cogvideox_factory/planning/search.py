@@ -44,7 +44,14 @@ VIDEOS: Groups = (
 )
 
 
-MARGIN = 0.03  # by which a step may take less than what is expected of it from others
+# Options that a search may set.
+OPTIONS = {
+    name
+    for levers in (*(strategy.levers for strategy in STRATEGIES), STATES, WEIGHTS_IN_BF16, *ENCODING, *VIDEOS)
+    for lever in levers
+    for name in lever.values
+}
+MARGIN = 0.03  # by which a step may take less than is expected of it from others; and what an allocator may lose more
 
 
 @dataclass(frozen=True)
@@ -118,9 +125,7 @@ class _Search:
         self.budget = budget
         self.names = names
         self.looks: list[Look] = []
-        self._least_above_held: dict[
-            Any, int
-        ] = {}  # of the peak of a step, by the options that are not about what is held
+        self._least_above_held: dict[Any, int] = {}  # bytes of a step's peak, by how it computes
 
     def run(self) -> Found:
         encodings = self._combinations(ENCODING)
