@@ -1,20 +1,38 @@
-"""One or many processes: the Accelerator of a run, and what it makes of the model and the optimizer."""
+"""One or many processes: the Accelerator of a run, and what it makes of the model and the optimizer.
+
+Which engine it is, plain processes (DDP) or DeepSpeed, is chosen outside, by the file that `accelerate launch` is
+given. What the options of a run say (clipping, accumulation, precision) holds there too, whatever that file says.
+"""
 
 from __future__ import annotations
 
 import datetime
+import logging
+import os
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import AutocastKwargs, DistributedType, InitProcessGroupKwargs
+from accelerate.utils import (
+    AutocastKwargs,
+    DistributedDataParallelKwargs,
+    DistributedType,
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+)
 
 from cogvideox_factory.config import Train, UserError
 from cogvideox_factory.model.family import Checkpoint
 from cogvideox_factory.prepare import PATIENCE
+from cogvideox_factory.training.zero import ZeroSteps
+
+logger = logging.getLogger(__name__)
 
 
 def make_accelerator(options: Train, checkpoint: Checkpoint) -> Accelerator:
-    """One object for one or many processes. Autocast is never on: the base model has one type throughout."""
+    """One object for one or many processes. Autocast is never on: the base model has one type throughout.
+
+    Raises UserError for a precision that this machine or the engine does not have.
+    """
     is_cpu = not torch.cuda.is_available()
     precision = options.training.mixed_precision
     if is_cpu and precision == "fp16":
@@ -22,19 +40,93 @@ def make_accelerator(options: Train, checkpoint: Checkpoint) -> Accelerator:
     torch.backends.cuda.matmul.allow_tf32 = options.training.allow_tf32
     seconds = options.training.nccl_timeout
     timeout = PATIENCE if seconds is None else datetime.timedelta(seconds=seconds)
-    weights_are_fp16 = not is_cpu and checkpoint.dtype_for(precision, torch.device("cuda")) == torch.float16
-    return Accelerator(
-        cpu=is_cpu,
-        mixed_precision="fp16" if weights_are_fp16 else "no",  # fp16 gradients need a loss scaler, bf16 none
-        kwargs_handlers=[AutocastKwargs(enabled=False), InitProcessGroupKwargs(timeout=timeout)],
+    dtype = checkpoint.dtype_for(precision, torch.device("cpu" if is_cpu else "cuda"))
+    num_batches, backend = 1, "nccl"  # each loss has its share of a step already
+    if asks_for_deepspeed():
+        num_batches = options.training.gradient_accumulation_steps  # DeepSpeed has to know
+        if is_cpu:
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")
+            backend = "gloo"  # else accelerate finds it by itself
+    accelerator = Accelerator(
+        cpu=is_cpu and not asks_for_deepspeed(),  # accelerate leaves DeepSpeed out where a CPU is asked for
+        mixed_precision=_precision_of_engine(dtype),
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=num_batches),  # not that of a launcher
+        kwargs_handlers=[
+            AutocastKwargs(enabled=False),
+            InitProcessGroupKwargs(backend=backend, timeout=timeout),
+            # No buffer changes in training, and gradients need no second place beside the one that travels.
+            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+        ],
     )
+    if asks_for_deepspeed() and not is_deepspeed(accelerator):
+        raise UserError(
+            "DeepSpeed is asked for, and ACCELERATE_USE_CPU or the launcher's --cpu rules it out; leave that out "
+            "(without a GPU, DeepSpeed runs on the CPU by itself)"
+        )
+    if is_deepspeed(accelerator):
+        _configure_deepspeed(accelerator, options)
+    if not accelerator.is_main_process:  # what all of them would say is said once
+        logging.getLogger("cogvideox_factory").setLevel(logging.WARNING)
+    return accelerator
+
+
+def asks_for_deepspeed() -> bool:
+    """Whether the launcher asks for DeepSpeed."""
+    return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+
+
+def is_deepspeed(accelerator: Accelerator) -> bool:
+    return accelerator.distributed_type == DistributedType.DEEPSPEED
 
 
 def wrap(accelerator: Accelerator, transformer, optimizer: torch.optim.Optimizer):
-    """Model and optimizer as the engine wants them.
+    """Model and optimizer as the engine wants them, and the optimizer as it is read and saved.
 
     Weights and the optimizer's state are where they belong already, which is not always the GPU; DeepSpeed wants no
     say in it.
     """
-    placement = None if accelerator.distributed_type == DistributedType.DEEPSPEED else [False, False]
-    return accelerator.prepare(transformer, optimizer, device_placement=placement)
+    if not is_deepspeed(accelerator):
+        return *accelerator.prepare(transformer, optimizer, device_placement=[False, False]), optimizer
+    parameters = list(optimizer.param_groups[0]["params"])  # DeepSpeed puts its own in their place
+    model, _ = accelerator.prepare(transformer, optimizer)
+    steps = ZeroSteps(model, parameters)
+    return model, steps, steps
+
+
+def backward(accelerator: Accelerator, model, loss: torch.Tensor, *, is_last: bool) -> None:
+    """Add a batch's gradients to those of the step. `loss` is this rank's part of the step's loss.
+
+    Engines average gradients over ranks, which makes a sum of parts too small by the number of ranks.
+    """
+    loss = loss * accelerator.num_processes
+    if is_deepspeed(accelerator):
+        accelerator.sync_gradients = is_last  # with it, DeepSpeed clips and steps
+        accelerator.backward(loss * accelerator.gradient_accumulation_steps)  # by which DeepSpeed divides
+    else:
+        accelerator.backward(loss)
+
+
+def _precision_of_engine(dtype: torch.dtype) -> str:
+    """fp16 gradients need a loss scaler, bf16 none. DeepSpeed is to know of bf16, whose weights get masters there."""
+    if dtype == torch.float16 and asks_for_deepspeed():
+        raise UserError("--mixed_precision fp16: not together with DeepSpeed here; take --mixed_precision bf16")
+    is_bf16 = dtype == torch.bfloat16 and asks_for_deepspeed()
+    return "bf16" if is_bf16 else "fp16" if dtype == torch.float16 else "no"
+
+
+def _configure_deepspeed(accelerator: Accelerator, options: Train) -> None:
+    """What the options say stands in DeepSpeed's settings, instead of what a file says."""
+    plugin = accelerator.deepspeed_plugin
+    settings = plugin.deepspeed_config
+    limit = float(options.optimizer.max_grad_norm or 0)
+    others = settings.get("gradient_clipping")
+    if others not in (None, "auto", limit):
+        logger.warning("gradient_clipping %s of the engine's settings: --max_grad_norm %g holds", others, limit)
+    settings["gradient_clipping"] = limit
+    settings["gradient_accumulation_steps"] = options.training.gradient_accumulation_steps
+    settings["train_micro_batch_size_per_gpu"] = options.training.train_batch_size
+    settings["train_batch_size"] = "auto"
+    # A mean of bf16 gradients over many ranks, made in bf16, would be of 8 bits.
+    settings.setdefault("communication_data_type", "fp32")
+    settings.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
+    settings["bf16"]["check_grad_overflow"] = True  # leave a step out whose gradients are not numbers

@@ -32,7 +32,7 @@ from cogvideox_factory.run_folder import set_aside_after
 from cogvideox_factory.stopping import Stopped, StopRequest, stop_requests
 from cogvideox_factory.training.checkpoint import TrainState, save_checkpoint
 from cogvideox_factory.training.ema import WeightAverage, averaged, build_average
-from cogvideox_factory.training.engine import make_accelerator, wrap
+from cogvideox_factory.training.engine import backward, make_accelerator, wrap
 from cogvideox_factory.training.fp32_steps import held_weights
 from cogvideox_factory.training.held_out import HeldOutLoss
 from cogvideox_factory.training.hub import open_repository
@@ -52,6 +52,7 @@ from cogvideox_factory.training.run_options import claim_run_folder, resolve_opt
 from cogvideox_factory.training.start_images import open_start_images
 from cogvideox_factory.training.tracking import Trackers, choose_trackers
 from cogvideox_factory.training.validation import Validation
+from cogvideox_factory.training.zero import gathered
 
 logger = logging.getLogger(__name__)
 
@@ -144,6 +145,7 @@ def train_steps(
     raw_optimizer = build_optimizer(
         parameters, options.optimizer, sampler.clips_per_step, in_backward=options.memory.optimizer_in_backward
     )
+    model, optimizer, raw_optimizer = wrap(accelerator, transformer, raw_optimizer)
     state = resume(options, checkpoint, transformer, raw_optimizer, accelerator, data.entries, sampler, average)
     steps_left = sampler.steps_left(state.position, training.num_train_epochs)
     num_steps = training.max_train_steps or state.step + steps_left
@@ -160,7 +162,6 @@ def train_steps(
         write_config(without_resume(options), run / "config.yaml")
         set_aside_after(run / "validation", state.step)
 
-    model, optimizer = wrap(accelerator, transformer, raw_optimizer)
     held_out = (
         HeldOutLoss(
             run,
@@ -192,10 +193,11 @@ def train_steps(
     def save() -> None:
         if not are_finite(parameters):  # a loss can be finite once more when the weights are not
             raise broken(f"weights are not finite after step {state.step}")
+        held = gathered(raw_optimizer, is_kept=accelerator.is_main_process)
         if accelerator.is_main_process:
             state.scaler = accelerator.scaler.state_dict() if accelerator.scaler else {}
             keep = training.checkpoints_total_limit
-            logger.info("saved      %s", save_checkpoint(run, state, transformer, raw_optimizer, keep, average))
+            logger.info("saved      %s", save_checkpoint(run, state, transformer, held, keep, average))
         accelerator.wait_for_everyone()
 
     first_step = saved_step = state.step
@@ -319,7 +321,7 @@ def optimizer_step(
             for _ in backward_passes(optimizer, index, num_batches, limit):  # one, or two that are alike
                 losses = velocity_loss(model, denoiser, scheduler, batch.to(accelerator.device), options.objective)
                 loss = losses.mean() * batch.share
-                accelerator.backward(loss * accelerator.num_processes)
+                backward(accelerator, model, loss, is_last=is_last)
         total += loss.detach()
     grad_norm = clip_gradients(accelerator, optimizer, parameters, limit)
     optimizer.step()

@@ -19,6 +19,7 @@ from accelerate import Accelerator
 
 from cogvideox_factory.config import OptimizerOptions, UserError
 from cogvideox_factory.training.fp32_steps import Fp32Steps
+from cogvideox_factory.training.zero import ZeroSteps
 
 logger = logging.getLogger(__name__)
 
@@ -224,7 +225,9 @@ def clip_gradients(
     Those that were used up in the backward pass were scaled there, as `backward_passes` was told."""
     raw = getattr(optimizer, "optimizer", optimizer)
     norm = None
-    if isinstance(raw, Fp32Steps):
+    if isinstance(optimizer, ZeroSteps):
+        norm = optimizer.gradient_norm()
+    elif isinstance(raw, Fp32Steps):
         norm = raw.norm_of_dropped_gradients()
         norm = raw.clip_host_gradients(limit) if norm is None else norm
     return accelerator.clip_grad_norm_(parameters, limit) if norm is None else norm
