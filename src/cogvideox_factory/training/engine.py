@@ -26,6 +26,7 @@ from cogvideox_factory.prepare import PATIENCE
 from cogvideox_factory.training.zero import ZeroSteps
 
 logger = logging.getLogger(__name__)
+DDP_FILE = "accelerate_configs/ddp.yaml"
 
 
 def make_accelerator(options: Train, checkpoint: Checkpoint) -> Accelerator:
@@ -64,6 +65,9 @@ def make_accelerator(options: Train, checkpoint: Checkpoint) -> Accelerator:
             "(without a GPU, DeepSpeed runs on the CPU by itself)"
         )
     if is_deepspeed(accelerator):
+        from transformers.integrations import unset_hf_deepspeed_config
+
+        unset_hf_deepspeed_config()  # or the text encoder, which one rank loads alone, would be divided as well
         _configure_deepspeed(accelerator, options)
     if not accelerator.is_main_process:  # what all of them would say is said once
         logging.getLogger("cogvideox_factory").setLevel(logging.WARNING)
@@ -79,6 +83,39 @@ def is_deepspeed(accelerator: Accelerator) -> bool:
     return accelerator.distributed_type == DistributedType.DEEPSPEED
 
 
+def is_divided(accelerator: Accelerator) -> bool:
+    """Whether ranks divide the weights that compute among them, so that each forward pass takes all of them."""
+    return is_deepspeed(accelerator) and accelerator.deepspeed_plugin.zero_stage == 3
+
+
+def check_engine(options: Train, accelerator: Accelerator) -> None:
+    """Raises UserError for what cannot be done under the engine that the launcher has chosen."""
+    if not is_deepspeed(accelerator):
+        return
+    stage = accelerator.deepspeed_plugin.zero_stage
+    if stage not in (2, 3):
+        raise UserError(f"zero_stage {stage} of DeepSpeed: only 2 and 3; instead of 0 and 1 take {DDP_FILE}")
+    optimizer, memory = options.optimizer, options.memory
+    keeps_masters = "it keeps fp32 weights and states itself, divided among the ranks"
+    offloads = "it has that itself, as accelerate_configs/deepspeed_zero3_offload.yaml shows"
+    has_dora = options.method.training_type == "lora" and options.lora.use_dora
+    for is_given, flag, why in (
+        (optimizer.optimizer not in ("adam", "adamw"), f"--optimizer {optimizer.optimizer}", "take adamw"),
+        (optimizer.use_8bit, "--use_8bit", keeps_masters),
+        (optimizer.use_4bit, "--use_4bit", keeps_masters),
+        (optimizer.use_fp8, "--use_fp8", keeps_masters),
+        (optimizer.trainable_dtype == "bf16", "--trainable_dtype bf16", keeps_masters),
+        (optimizer.use_cpu_offload_optimizer, "--use_cpu_offload_optimizer", offloads),
+        (memory.optimizer_in_backward, "--optimizer_in_backward", "it takes the steps itself"),
+        (memory.resident_blocks is not None, "--resident_blocks", "it places weights itself; ZeRO-3 offloads them"),
+        (memory.quantize_base is not None, "--quantize_base", "it would convert the scales of the weights to bf16"),
+        (has_dora, "--use_dora", "it would convert the norms of DoRA to bf16"),
+        (stage == 3 and options.method.ema_decay is not None, "--ema_decay", "ZeRO-3 divides the weights; take ZeRO-2"),
+    ):
+        if is_given:
+            raise UserError(f"{flag}: not together with DeepSpeed ({why}); leave it out, or take {DDP_FILE}")
+
+
 def wrap(accelerator: Accelerator, transformer, optimizer: torch.optim.Optimizer):
     """Model and optimizer as the engine wants them, and the optimizer as it is read and saved.
 
@@ -88,8 +125,12 @@ def wrap(accelerator: Accelerator, transformer, optimizer: torch.optim.Optimizer
     if not is_deepspeed(accelerator):
         return *accelerator.prepare(transformer, optimizer, device_placement=[False, False]), optimizer
     parameters = list(optimizer.param_groups[0]["params"])  # DeepSpeed puts its own in their place
+    weights = [parameter.detach().clone() for parameter in parameters if parameter.dtype == torch.float32]
     model, _ = accelerator.prepare(transformer, optimizer)
     steps = ZeroSteps(model, parameters)
+    if weights and parameters[0].dtype != torch.float32:  # a LoRA has been rounded to bf16, and need not be
+        for parameter, weight in zip(parameters, weights, strict=True):
+            steps.set_held_weight(parameter, weight)
     return model, steps, steps
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 
 from cogvideox_factory.config import RunError, Train, write_config
 from cogvideox_factory.data.loader import StepBatches, load_steps
@@ -23,7 +24,14 @@ from cogvideox_factory.data.sampler import Sampler
 from cogvideox_factory.data.split import num_videos
 from cogvideox_factory.memory.set_aside import tensors_in
 from cogvideox_factory.memory.strategies import apply, check_memory
-from cogvideox_factory.model.adapters import attach, describe_method, export, find_export, trainable_parameters
+from cogvideox_factory.model.adapters import (
+    attach,
+    describe_method,
+    export,
+    find_export,
+    is_lora,
+    trainable_parameters,
+)
 from cogvideox_factory.model.denoiser import Denoiser, load_scheduler, load_transformer
 from cogvideox_factory.model.device import free_memory
 from cogvideox_factory.model.family import Checkpoint, open_checkpoint, with_conditioning
@@ -32,7 +40,14 @@ from cogvideox_factory.run_folder import set_aside_after
 from cogvideox_factory.stopping import Stopped, StopRequest, stop_requests
 from cogvideox_factory.training.checkpoint import TrainState, save_checkpoint
 from cogvideox_factory.training.ema import WeightAverage, averaged, build_average
-from cogvideox_factory.training.engine import backward, make_accelerator, wrap
+from cogvideox_factory.training.engine import (
+    backward,
+    check_engine,
+    is_deepspeed,
+    is_divided,
+    make_accelerator,
+    wrap,
+)
 from cogvideox_factory.training.fp32_steps import held_weights
 from cogvideox_factory.training.held_out import HeldOutLoss
 from cogvideox_factory.training.hub import open_repository
@@ -52,7 +67,7 @@ from cogvideox_factory.training.run_options import claim_run_folder, resolve_opt
 from cogvideox_factory.training.start_images import open_start_images
 from cogvideox_factory.training.tracking import Trackers, choose_trackers
 from cogvideox_factory.training.validation import Validation
-from cogvideox_factory.training.zero import gathered
+from cogvideox_factory.training.zero import gathered, part_of, whole_parameters
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +85,7 @@ def train(options: Train, planned: Mapping[str, float] | None = None) -> Path:
     accelerator = make_accelerator(options, checkpoint)
     check_optimizer(options.optimizer, accelerator)
     check_memory(options, accelerator.num_processes, has_scaler=accelerator.scaler is not None)
+    check_engine(options, accelerator)
     device = accelerator.device
     check_data_sets(options)  # what is wrong with one as a whole is said before a folder is made
     if accelerator.is_main_process:
@@ -125,6 +141,7 @@ def train_steps(
     """All optimizer steps that are left, then what was trained in the run's folder. Raises Stopped after a signal."""
     assert options.output_dir is not None
     run, device, training = options.output_dir, accelerator.device, options.training
+    is_main = accelerator.is_main_process
     sampler = Sampler(
         [entry.bucket for entry in data.entries],
         training.train_batch_size,
@@ -138,25 +155,32 @@ def train_steps(
     scheduler = load_scheduler(checkpoint)
     denoiser = Denoiser(checkpoint, dtype)
     trained = trainable_parameters(transformer)
-    parameters = list(trained.values())
+    parameters, num_trained = list(trained.values()), sum(parameter.numel() for parameter in trained.values())
     average = build_average(trained, options.method.ema_decay)
+
+    def export_trained() -> None:
+        with whole_parameters(parameters if is_lora(transformer) else transformer.parameters(), is_kept=is_main):
+            if is_main:
+                with averaged(average):
+                    export(transformer, checkpoint, run)
 
     # How long the training is can depend on where it stands, and the course of the learning rate on how long it is.
     raw_optimizer = build_optimizer(
-        parameters, options.optimizer, sampler.clips_per_step, in_backward=options.memory.optimizer_in_backward
+        *(parameters, options.optimizer, sampler.clips_per_step),
+        in_backward=options.memory.optimizer_in_backward,
+        has_masters=is_deepspeed(accelerator),
     )
     model, optimizer, raw_optimizer = wrap(accelerator, transformer, raw_optimizer)
     state = resume(options, checkpoint, transformer, raw_optimizer, accelerator, data.entries, sampler, average)
     steps_left = sampler.steps_left(state.position, training.num_train_epochs)
     num_steps = training.max_train_steps or state.step + steps_left
     schedule = schedule_at(state.step, raw_optimizer, options.optimizer, num_steps)
-    describe(checkpoint, options, data, held_out_data, parameters, num_steps, sampler, state)
+    describe(checkpoint, options, data, held_out_data, num_trained, num_steps, sampler, state)
     trackers.start_after(state.step, options)
     if state.step >= num_steps:
         logger.info("nothing left to train: this run is finished")
-        if accelerator.is_main_process and find_export(run) is None:
-            with averaged(average):
-                export(transformer, checkpoint, run)
+        if find_export(run) is None:
+            export_trained()
         return state
     if accelerator.is_main_process:  # only now: a run that is refused or finished keeps its own
         write_config(without_resume(options), run / "config.yaml")
@@ -193,23 +217,29 @@ def train_steps(
     def save() -> None:
         if not are_finite(parameters):  # a loss can be finite once more when the weights are not
             raise broken(f"weights are not finite after step {state.step}")
-        held = gathered(raw_optimizer, is_kept=accelerator.is_main_process)
-        if accelerator.is_main_process:
-            state.scaler = accelerator.scaler.state_dict() if accelerator.scaler else {}
-            keep = training.checkpoints_total_limit
-            logger.info("saved      %s", save_checkpoint(run, state, transformer, held, keep, average))
+        held = gathered(raw_optimizer, is_kept=is_main)
+        with whole_parameters(parameters if is_lora(transformer) else (), is_kept=is_main):
+            if is_main:
+                state.scaler = accelerator.scaler.state_dict() if accelerator.scaler else {}
+                keep = training.checkpoints_total_limit
+                logger.info("saved      %s", save_checkpoint(run, state, transformer, held, keep, average))
         accelerator.wait_for_everyone()
 
     first_step = saved_step = state.step
 
     def validate_if_due() -> None:
-        if accelerator.is_main_process and validation.is_due(state.step, state.position.ended_epoch):
+        is_due = is_main and validation.is_due(state.step, state.position.ended_epoch)
+        if is_divided(accelerator):  # a video takes all ranks; the first knows what is there already
+            is_due = broadcast_object_list([is_due])[0]
+        if is_due:
             if state.step > first_step:
                 memory.record("memory_before_validation", memory.peak())
             memory.start_phase()
             with averaged(average):
-                held = held_between_steps(raw_optimizer, average)
-                validation.run_in_memory(state.step, transformer, scheduler, dtype, device, held)
+                held = None if is_deepspeed(accelerator) else held_between_steps(raw_optimizer, average)
+                validation.run_in_memory(
+                    *(state.step, transformer, scheduler, dtype, device, held), is_shared=is_divided(accelerator)
+                )
             free_memory()
             memory.record("memory_after_validation", memory.peak())
             memory.start_phase()
@@ -274,9 +304,7 @@ def train_steps(
             f"stopped after step {state.step} of {num_steps}, all saved; go on with: cogvideox-factory train "
             f"--config {run / 'config.yaml'} --resume_from_checkpoint latest"
         )
-    if accelerator.is_main_process:
-        with averaged(average):
-            export(transformer, checkpoint, run)
+    export_trained()
     return state
 
 
@@ -340,7 +368,7 @@ def held_between_steps(optimizer: torch.optim.Optimizer, average: WeightAverage 
 @torch.no_grad()
 def are_finite(parameters: Iterable[torch.Tensor]) -> bool:
     """Whether every number in them is one."""
-    return bool(torch.stack([parameter.isfinite().all() for parameter in parameters]).all())
+    return bool(torch.stack([part_of(parameter).isfinite().all() for parameter in parameters]).all())
 
 
 def describe(
@@ -348,7 +376,7 @@ def describe(
     options: Train,
     data: TrainingData,
     held_out_data: TrainingData | None,
-    parameters: list[torch.nn.Parameter],
+    num_trained: int,
     num_steps: int,
     sampler: Sampler,
     state: TrainState,
@@ -360,7 +388,7 @@ def describe(
     logger.info(
         "method     %s, %s trainable parameters",
         describe_method(options.method, options.lora),
-        f"{sum(parameter.numel() for parameter in parameters):,}",
+        f"{num_trained:,}",
     )
     logger.info("clips      %s (frames × height × width)", sizes)
     if held_out_data:

@@ -148,11 +148,13 @@ def build_optimizer(
     clips_per_step: int,
     *,
     in_backward: bool = False,
+    has_masters: bool = False,
     class_of: Callable[[Kind], Callable[..., torch.optim.Optimizer]] = optimizer_class_of,
 ) -> torch.optim.Optimizer:
     """The optimizer that the options name; `clips_per_step` counts all ranks and accumulated batches.
 
     Parameters are fp32 or bf16; those in bf16 get fp32 masters or are rounded stochastically, as the options say.
+    `has_masters`: the engine puts fp32 weights of its own in the place of these parameters.
     `in_backward`: each is stepped within the backward pass, as `backward_passes` says.
     `class_of` gives the class; planning has stand-ins for those that need a GPU's kernels.
     """
@@ -166,11 +168,13 @@ def build_optimizer(
     rate = options.learning_rate * (clips_per_step if options.scale_lr else 1)
 
     def build(held: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
-        assert all(parameter.dtype == torch.float32 for parameter in held), "a weight would be trained in plain bf16"
+        assert has_masters or all(parameter.dtype == torch.float32 for parameter in held), (
+            "a weight would be trained in plain bf16"
+        )
         with contextlib.redirect_stdout(sys.stderr):  # Prodigy prints
             return optimizer_class(held, lr=rate, **arguments)
 
-    if (
+    if not has_masters and (
         in_backward
         or options.use_cpu_offload_optimizer
         or any(parameter.dtype != torch.float32 for parameter in parameters)

@@ -1,14 +1,15 @@
 """DeepSpeed's optimizer, whose fp32 weights and states are divided among the ranks, as the loop knows optimizers.
 
-ZeRO (Rajbhandari et al. 2020, https://arxiv.org/abs/1910.02054) lays all trained weights end to end and gives each rank
-one part of their fp32 masters and states to step. What is read here of a weight is put together from the ranks, so that
-a checkpoint is the same whatever the engine and the number of processes that wrote it, or that go on from it. Rejected:
-DeepSpeed's own checkpoints, which are pickles, and fit one number of processes.
+ZeRO (Rajbhandari et al. 2020, https://arxiv.org/abs/1910.02054) gives each rank a part of the fp32 masters and states
+of all trained weights to step; its stage 3 divides the weights that compute as well. What is read here of a weight is
+put together from the ranks, so that a checkpoint is the same whatever the engine and the number of processes that wrote
+it, or that go on from it. Rejected: DeepSpeed's own checkpoints, which are pickles, and fit one number of processes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ class Gathered:
 
 
 class ZeroSteps(torch.optim.Optimizer):
-    """The optimizer of a DeepSpeed engine that has ZeRO stage 2.
+    """The optimizer of a DeepSpeed engine of ZeRO stage 2 or 3: Adam or AdamW, whose states are one number a weight.
 
     It steps in `accelerator.backward`, in that of the step's last batch, and clips there; `step` and `zero_grad` have
     nothing left to do. Whatever is gathered is gathered by all ranks together.
@@ -43,7 +44,7 @@ class ZeroSteps(torch.optim.Optimizer):
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
-        """The settings; what stands for the parameters is the part of this rank."""
+        """The settings; what stands for the parameters is DeepSpeed's."""
         return self._engine.basic_optimizer.param_groups
 
     @property
@@ -74,11 +75,12 @@ class ZeroSteps(torch.optim.Optimizer):
 
     @torch.no_grad()
     def set_held_weight(self, parameter: Parameter, value: torch.Tensor) -> None:
-        """Set a parameter and its master; each rank keeps its part of it."""
+        """Set a parameter and its master; each rank keeps its part. `value` is the same on all of them."""
         from deepspeed.utils import safe_set_full_fp32_param
 
         value = value.to(parameter.device, torch.float32)
-        parameter.copy_(value)
+        with _gathered_parameter(parameter, is_changed=True):
+            parameter.copy_(value)
         safe_set_full_fp32_param(parameter, value)
 
     def gathered(self, *, is_kept: bool) -> Gathered:
@@ -94,51 +96,102 @@ class ZeroSteps(torch.optim.Optimizer):
         """As that of the same optimizer over whole weights, so that it can go on under another engine."""
         from deepspeed.utils import safe_get_full_optimizer_state
 
-        ours = self._state_of_this_rank()
+        of_part: Mapping[str, Any] = next((state for state in self._engine.basic_optimizer.state.values() if state), {})
         states: dict[int, dict[str, torch.Tensor]] = {}
-        for number, parameter in enumerate(self._parameters):
-            state = {}
-            for name, value in ours.items():
-                if value.dim():
+        for number, parameter in enumerate(self._parameters if of_part else ()):
+            states[number] = {}
+            for name, value in of_part.items():
+                if _is_a_number_a_weight(value):
                     whole = safe_get_full_optimizer_state(parameter, name)
-                    state[name] = whole.cpu() if is_kept else whole.new_empty(0)
+                    states[number][name] = whole.cpu() if is_kept else whole.new_empty(0)
                 else:
-                    state[name] = value.cpu()  # the number of steps, which is that of every weight
-            if state:
-                states[number] = state
+                    states[number][name] = torch.tensor(float(value))  # the number of steps
         settings = {name: value for name, value in self.param_groups[0].items() if name != "params"}
         return {"state": states, "param_groups": [{**settings, "params": list(range(len(self._parameters)))}]}
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Each rank takes its part of states of whole weights, before the first step of this optimizer."""
-        (group,) = self.param_groups
+        from deepspeed.utils import safe_set_full_optimizer_state
+
         (saved_group,) = state_dict["param_groups"]
-        group.update({name: value for name, value in saved_group.items() if name != "params"})
+        self.param_groups[0].update({name: value for name, value in saved_group.items() if name != "params"})
         states: Mapping[int, Mapping[str, torch.Tensor]] = state_dict["state"]
         if not states:
             return
-        (part,) = group["params"]
-        ours = self._engine.basic_optimizer.state[part]
-        assert not ours, "a state that DeepSpeed has views of already"
-        for name, value in states[0].items():
-            ours[name] = torch.zeros_like(part) if value.dim() else value.clone()
+        counts_in_tensors = not type(self._engine.basic_optimizer).__module__.startswith("deepspeed")
+        for part in self._parts():
+            ours = self._engine.basic_optimizer.state[part]
+            assert not ours, "a state that DeepSpeed has views of already"
+            for name, value in states[0].items():
+                if _is_a_number_a_weight(value):
+                    ours[name] = torch.zeros_like(part)
+                else:
+                    ours[name] = torch.tensor(float(value)) if counts_in_tensors else int(value)
         for number, parameter in enumerate(self._parameters):
-            mapping = parameter._hp_mapping  # type: ignore[attr-defined]
-            if mapping is None:  # all of it belongs to other ranks
-                continue
-            here, there = mapping.get_hp_fragment_address(), mapping.lp_fragment_address
             for name, value in states[number].items():
-                if value.dim():
+                if not _is_a_number_a_weight(value):
+                    continue
+                if _is_divided(parameter):
+                    safe_set_full_optimizer_state(parameter, value, name)
+                elif mapping := parameter._hp_mapping:  # type: ignore[attr-defined]  # some of it is this rank's
+                    # As DeepSpeed's own function does, which knows no states before the first step.
+                    here, there = mapping.get_hp_fragment_address(), mapping.lp_fragment_address
+                    target = self._engine.basic_optimizer.state[self._parts()[0]][name]
                     of_rank = value.flatten().narrow(0, there.start, there.numel)
-                    ours[name].narrow(0, here.start, here.numel).copy_(of_rank)
+                    target.narrow(0, here.start, here.numel).copy_(of_rank)
 
-    def _state_of_this_rank(self) -> Mapping[str, torch.Tensor]:
-        """By the names of its tensors; empty before the first step. Adam's, as `check_engine` allows no other."""
-        (part,) = self.param_groups[0]["params"]
-        return self._engine.basic_optimizer.state.get(part, {})
+    def _parts(self) -> list[torch.Tensor]:
+        """What this rank steps: fp32 weights laid end to end."""
+        optimizer = self._engine.optimizer
+        stage_3 = getattr(optimizer, "fp32_partitioned_groups_flat", None)
+        return stage_3 or optimizer.single_partition_of_fp32_groups
 
 
 def gathered(optimizer: torch.optim.Optimizer, *, is_kept: bool) -> Any:
     """What a checkpoint reads of an optimizer, whole on a rank where `is_kept`. Every rank calls it."""
     return optimizer.gathered(is_kept=is_kept) if isinstance(optimizer, ZeroSteps) else optimizer
+
+
+@contextlib.contextmanager
+def whole_parameters(parameters: Iterable[Parameter], *, is_kept: bool) -> Iterator[None]:
+    """Meanwhile parameters that ranks divide among them are whole, on the host of a rank where `is_kept`, to be read.
+
+    Every rank enters it."""
+    divided = [parameter for parameter in parameters if _is_divided(parameter)]
+    copies = []
+    for parameter in divided:
+        with _gathered_parameter(parameter):
+            if is_kept:
+                copies.append(parameter.detach().to("cpu", copy=True))
+    left = [parameter.data for parameter in divided]
+    try:
+        for parameter, copy in zip(divided, copies, strict=False):  # none where nothing is kept
+            parameter.data = copy
+        yield
+    finally:
+        for parameter, data in zip(divided, left, strict=True):
+            parameter.data = data
+
+
+def part_of(parameter: torch.Tensor) -> torch.Tensor:
+    """What a rank holds of a parameter."""
+    return parameter.ds_tensor if _is_divided(parameter) else parameter  # type: ignore[attr-defined]
+
+
+def _is_divided(parameter: torch.Tensor) -> bool:
+    """Whether ranks divide a parameter of the model itself among them (stage 3)."""
+    return hasattr(parameter, "ds_id")
+
+
+def _gathered_parameter(parameter: Parameter, *, is_changed: bool = False) -> contextlib.AbstractContextManager[Any]:
+    """Meanwhile a parameter is whole on every rank; `is_changed`: with what the first rank makes of it."""
+    if not _is_divided(parameter):
+        return contextlib.nullcontext()
+    from deepspeed.runtime.zero import GatheredParameters
+
+    return GatheredParameters([parameter], modifier_rank=0 if is_changed else None)
+
+
+def _is_a_number_a_weight(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.dim() > 0
