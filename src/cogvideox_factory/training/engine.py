@@ -7,6 +7,7 @@ given. What the options of a run say (clipping, accumulation, precision) holds t
 from __future__ import annotations
 
 import datetime
+import importlib.util
 import logging
 import os
 
@@ -44,6 +45,7 @@ def make_accelerator(options: Train, checkpoint: Checkpoint) -> Accelerator:
     dtype = checkpoint.dtype_for(precision, torch.device("cpu" if is_cpu else "cuda"))
     num_batches, backend = 1, "nccl"  # each loss has its share of a step already
     if asks_for_deepspeed():
+        _check_deepspeed_can_run()
         num_batches = options.training.gradient_accumulation_steps  # DeepSpeed has to know
         if is_cpu:
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -59,11 +61,6 @@ def make_accelerator(options: Train, checkpoint: Checkpoint) -> Accelerator:
             DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
         ],
     )
-    if asks_for_deepspeed() and not is_deepspeed(accelerator):
-        raise UserError(
-            "DeepSpeed is asked for, and ACCELERATE_USE_CPU or the launcher's --cpu rules it out; leave that out "
-            "(without a GPU, DeepSpeed runs on the CPU by itself)"
-        )
     if is_deepspeed(accelerator):
         from transformers.integrations import unset_hf_deepspeed_config
 
@@ -76,7 +73,21 @@ def make_accelerator(options: Train, checkpoint: Checkpoint) -> Accelerator:
 
 def asks_for_deepspeed() -> bool:
     """Whether the launcher asks for DeepSpeed."""
-    return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+    return _is_set("ACCELERATE_USE_DEEPSPEED")
+
+
+def _check_deepspeed_can_run() -> None:
+    if importlib.util.find_spec("deepspeed") is None:
+        raise UserError("DeepSpeed is asked for by the launcher, and is not installed; pip install deepspeed")
+    if _is_set("ACCELERATE_USE_CPU"):  # accelerate would go on with plain processes
+        raise UserError(
+            "DeepSpeed is asked for, and ACCELERATE_USE_CPU or the launcher's --cpu rules it out; leave that out "
+            "(without a GPU, DeepSpeed runs on the CPU by itself)"
+        )
+
+
+def _is_set(name: str) -> bool:
+    return os.environ.get(name, "").lower() in ("1", "true", "yes", "on", "t", "y")
 
 
 def is_deepspeed(accelerator: Accelerator) -> bool:
@@ -90,6 +101,10 @@ def is_divided(accelerator: Accelerator) -> bool:
 
 def check_engine(options: Train, accelerator: Accelerator) -> None:
     """Raises UserError for what cannot be done under the engine that the launcher has chosen."""
+    if accelerator.distributed_type == DistributedType.FSDP:
+        raise UserError(
+            "FSDP: checkpoints of it are not carried through; take accelerate_configs/deepspeed_zero3_offload.yaml"
+        )
     if not is_deepspeed(accelerator):
         return
     stage = accelerator.deepspeed_plugin.zero_stage
