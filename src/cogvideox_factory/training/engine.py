@@ -132,13 +132,13 @@ def check_engine(options: Train, accelerator: Accelerator) -> None:
 
 
 def wrap(accelerator: Accelerator, transformer, optimizer: torch.optim.Optimizer):
-    """Model and optimizer as the engine wants them, and the optimizer as it is read and saved.
+    """Model and optimizer as the engine wants them.
 
     Weights and the optimizer's state are where they belong already, which is not always the GPU; DeepSpeed wants no
     say in it.
     """
     if not is_deepspeed(accelerator):
-        return *accelerator.prepare(transformer, optimizer, device_placement=[False, False]), optimizer
+        return accelerator.prepare(transformer, optimizer, device_placement=[False, False])
     parameters = list(optimizer.param_groups[0]["params"])  # DeepSpeed puts its own in their place
     weights = [parameter.detach().clone() for parameter in parameters if parameter.dtype == torch.float32]
     model, _ = accelerator.prepare(transformer, optimizer)
@@ -146,7 +146,7 @@ def wrap(accelerator: Accelerator, transformer, optimizer: torch.optim.Optimizer
     if weights and parameters[0].dtype != torch.float32:  # a LoRA has been rounded to bf16, and need not be
         for parameter, weight in zip(parameters, weights, strict=True):
             steps.set_held_weight(parameter, weight)
-    return model, steps, steps
+    return model, steps
 
 
 def backward(accelerator: Accelerator, model, loss: torch.Tensor, *, is_last: bool) -> None:

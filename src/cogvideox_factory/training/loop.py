@@ -165,12 +165,16 @@ def train_steps(
                     export(transformer, checkpoint, run)
 
     # How long the training is can depend on where it stands, and the course of the learning rate on how long it is.
-    raw_optimizer = build_optimizer(
-        *(parameters, options.optimizer, sampler.clips_per_step),
-        in_backward=options.memory.optimizer_in_backward,
-        has_masters=is_deepspeed(accelerator),
+    model, optimizer = wrap(
+        accelerator,
+        transformer,
+        build_optimizer(
+            *(parameters, options.optimizer, sampler.clips_per_step),
+            in_backward=options.memory.optimizer_in_backward,
+            has_masters=is_deepspeed(accelerator),
+        ),
     )
-    model, optimizer, raw_optimizer = wrap(accelerator, transformer, raw_optimizer)
+    raw_optimizer = getattr(optimizer, "optimizer", optimizer)  # without what accelerate puts around it
     state = resume(options, checkpoint, transformer, raw_optimizer, accelerator, data.entries, sampler, average)
     steps_left = sampler.steps_left(state.position, training.num_train_epochs)
     num_steps = training.max_train_steps or state.step + steps_left
