@@ -29,7 +29,7 @@ from cogvideox_factory.model.family import Checkpoint
 from cogvideox_factory.planning import low_bit
 from cogvideox_factory.planning.depth import Stages, mark_stages
 from cogvideox_factory.planning.fakes import GPU, HOST, FakeTracker, as_on_cuda, build
-from cogvideox_factory.planning.repeats import Calls, remember_calls
+from cogvideox_factory.planning.repeats import Calls, remember_blocks, remember_calls
 from cogvideox_factory.sampling import pipeline_in_memory, place
 from cogvideox_factory.training.ema import averaged, build_average
 from cogvideox_factory.training.loop import build_model, held_between_steps, optimizer_step
@@ -91,6 +91,7 @@ def trace_text(options: Plan, checkpoint: Checkpoint) -> Phase:
         with tracker.part("weights"):
             place_text_encoder(text_encoder, options.encoding, GPU)
         tracker.add(_tensors(text_encoder), "weights")
+        remember_blocks(text_encoder.encoder.block, tracker)
         tokens = options.encoding.max_sequence_length or checkpoint.max_text_tokens
         pipeline = _text_pipeline(text_encoder)
         tracker.start_phase()
@@ -165,6 +166,7 @@ def trace_validation(options: Plan, checkpoint: Checkpoint, decodings: Calls | N
             )
             tracker.add(_tensors(pipeline.vae), "weights")
             remember_calls(pipeline.vae.decoder, tracker, decodings)
+            remember_blocks(transformer.transformer_blocks, tracker)
             embeds = torch.empty(_embeds_shape(options, checkpoint), dtype=dtype, device=GPU)
             make_video(pipeline, options, checkpoint, tracker, prompt_embeds=embeds, negative_prompt_embeds=embeds)
             pipeline.vae = None
@@ -253,6 +255,8 @@ def trace_testing(options: Plan, checkpoint: Checkpoint, decodings: Calls | None
             scheduler=load_scheduler(checkpoint),
         )
         remember_calls(pipeline.vae.decoder, tracker, decodings)
+        remember_blocks(pipeline.text_encoder.encoder.block, tracker)
+        remember_blocks(pipeline.transformer.transformer_blocks, tracker)
         _mark_text(pipeline.text_encoder, tracker)
         tracker.start_phase()
         with tracker.part("weights"):
