@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel
 from safetensors.torch import load_file
 
 from cogvideox_factory.config import LoraOptions, OptimizerOptions, UserError
+from cogvideox_factory.data.manifest import damage_of
 from cogvideox_factory.data.sampler import Layout, Position
 from cogvideox_factory.model.adapters import attach_lora, trainable_parameters
 from cogvideox_factory.training import checkpoint
@@ -235,7 +237,8 @@ def test_nothing_on_disk_is_a_pickle(tmp_path: Path) -> None:
     save_steps(tmp_path, 1)
     files = {path.relative_to(tmp_path).as_posix(): path for path in tmp_path.rglob("*") if path.is_file()}
     folder = "checkpoints/step-00000001"
-    expected = ("optimizer.safetensors", "pytorch_lora_weights.safetensors", "state.json", "trainable.safetensors")
+    tensors = ("optimizer.safetensors", "pytorch_lora_weights.safetensors", "trainable.safetensors")
+    expected = sorted(("manifest.json", "state.json", *tensors))
     assert sorted(files) == [f"{folder}/{name}" for name in expected]
     for name, path in files.items():
         if path.suffix == ".safetensors":
@@ -273,16 +276,17 @@ def test_the_oldest_beyond_the_limit_are_removed(tmp_path: Path, keep: int | Non
 def test_the_oldest_is_there_until_the_new_one_is_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     transformer, optimizer = save_steps(tmp_path, 1, 2, keep=2)
     seen = []
+    replace = os.replace
 
-    def look_then_remove(path: Path, *arguments: Any, **options: Any) -> None:
-        if Path(path).exists():
+    def look_then_rename(path: Path, new: Path) -> None:
+        if Path(path).name == "step-00000001":
             seen.append(names(tmp_path))
-        remove(path, *arguments, **options)
+            assert damage_of(tmp_path / "checkpoints/step-00000003") is None
+        replace(path, new)
 
-    remove = shutil.rmtree
-    monkeypatch.setattr(checkpoint.shutil, "rmtree", look_then_remove)
+    monkeypatch.setattr(checkpoint.os, "replace", look_then_rename)
     save_checkpoint(tmp_path, TrainState(step=3), transformer, optimizer, keep=2)
-    assert seen[-1] == ["step-00000001", "step-00000002", "step-00000003"]
+    assert seen == [["step-00000001", "step-00000002", "step-00000003"]]
     assert names(tmp_path) == ["step-00000002", "step-00000003"]
 
 
@@ -314,7 +318,7 @@ def test_what_a_killed_run_left_half_written_is_no_checkpoint(tmp_path: Path) ->
     transformer, optimizer = save_steps(tmp_path, 1)
     whole = tmp_path / "checkpoints/step-00000001"
     shutil.copytree(whole, tmp_path / "checkpoints/.step-00000002.part")
-    shutil.copytree(whole, tmp_path / "checkpoints/step-00000003", ignore=lambda *_: {"state.json"})
+    shutil.copytree(whole, tmp_path / "checkpoints/step-00000003", ignore=lambda *_: {"manifest.json"})
     assert names(tmp_path) == ["step-00000001"] and find_checkpoint(tmp_path, "latest") == whole
     steps(transformer, optimizer, range(1, 2))
     folder = save_checkpoint(tmp_path, TrainState(step=2), transformer, optimizer, None)

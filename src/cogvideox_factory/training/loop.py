@@ -158,7 +158,8 @@ def train_steps(
         return state
     if accelerator.is_main_process:  # only now: a run that is refused or finished keeps its own
         write_config(without_resume(options), run / "config.yaml")
-        set_aside_after(run / "validation", state.step)
+        for name in ("checkpoints", "validation"):
+            set_aside_after(run / name, state.step)
 
     model, optimizer = wrap(accelerator, transformer, raw_optimizer)
     held_out = (

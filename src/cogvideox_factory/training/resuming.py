@@ -9,10 +9,12 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 
 from cogvideox_factory.config import OptimizerOptions, Train, UserError
 from cogvideox_factory.data.files import hash_of
@@ -46,7 +48,7 @@ def resume(
     assert options.output_dir is not None
     fresh = new_state(options, checkpoint, entries, sampler)
     choice = options.training.resume_from_checkpoint
-    folder = find_checkpoint(options.output_dir, choice) if choice else None
+    folder = _chosen(options.output_dir, choice, accelerator) if choice else None
     if folder is None:
         if choice:
             logger.info("no checkpoint in %s yet: starting from the beginning", options.output_dir)
@@ -63,6 +65,21 @@ def resume(
     logger.info("going on from %s", folder)
     position = resumed_position(saved, fresh, sampler)
     return dataclasses.replace(fresh, step=saved.step, samples_seen=saved.samples_seen, position=position)
+
+
+def _chosen(run: Path, choice: str, accelerator: Accelerator) -> Path | None:
+    """What the first rank finds, on every rank, or its error: it alone reads them, and renames damaged ones."""
+    found: Path | None = None
+    problem: Exception | None = None
+    if accelerator.is_main_process:
+        try:
+            found = find_checkpoint(run, choice)
+        except Exception as error:
+            problem = error
+    found, problem = broadcast_object_list([found, problem])
+    if problem:
+        raise problem
+    return found
 
 
 def new_state(options: Train, checkpoint: Checkpoint, entries: Sequence[Entry], sampler: Sampler) -> TrainState:
