@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -23,6 +24,7 @@ from cogvideox_factory.training.checkpoint import (
     find_checkpoint,
     list_checkpoints,
     load_checkpoint,
+    new_checkpoint,
     save_checkpoint,
 )
 from cogvideox_factory.training.fp32_steps import held_weights
@@ -366,6 +368,119 @@ def test_a_checkpoint_that_is_not_there_is_refused_with_those_that_are(tmp_path:
     save_steps(tmp_path, 1, 2)
     with pytest.raises(UserError, match=r"step-00000007: no such checkpoint.* step-00000001, step-00000002 .*latest"):
         find_checkpoint(tmp_path, "step-00000007")
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [flip, Path.unlink])
+@pytest.mark.parametrize("name", ["optimizer.safetensors", "manifest.json"])
+def test_latest_is_the_newest_that_is_whole_and_the_damaged_one_is_kept(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, damage, name: str
+) -> None:
+    transformer, optimizer = save_steps(tmp_path, 1, 2, 3, 4)
+    first, second, third, fourth = list_checkpoints(tmp_path)
+    flip(first / "state.json")  # older than what is taken: nobody looks
+    damage(third / name)
+    flip(fourth / "trainable.safetensors")
+    with caplog.at_level("WARNING"):
+        assert find_checkpoint(tmp_path, "latest") == second
+    assert f"{fourth} is damaged: trainable.safetensors" in caplog.text
+    assert f"{third} is damaged: {name}" in caplog.text and f"going on from {second.name}" in caplog.text
+    kept = ["damaged-step-00000003", "damaged-step-00000004", "step-00000001", "step-00000002"]
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == kept
+    assert (tmp_path / "checkpoints/damaged-step-00000004/trainable.safetensors").exists()
+    caplog.clear()
+    save_checkpoint(tmp_path, TrainState(step=5), transformer, optimizer, keep=2)
+    assert names(tmp_path) == ["step-00000002", "step-00000005"] and not caplog.text
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_is_refused_and_nothing_is_renamed(tmp_path: Path) -> None:
+    """To begin again would be to lose the run's work without a word."""
+    save_steps(tmp_path, 1, 2)
+    for folder in list_checkpoints(tmp_path):
+        flip(folder / "state.json")
+    with pytest.raises(UserError, match=r"every checkpoint .*step-00000002: state.json .* step-00000001: state"):
+        find_checkpoint(tmp_path, "latest")
+    assert names(tmp_path) == ["step-00000001", "step-00000002"]
+
+
+def test_a_damaged_checkpoint_that_is_asked_for_by_name_is_refused_naming_the_file(tmp_path: Path) -> None:
+    save_steps(tmp_path, 1, 2)
+    first, second = list_checkpoints(tmp_path)
+    flip(second / "optimizer.safetensors")
+    for choice in (second.name, str(second)):
+        with pytest.raises(UserError, match=r"step-00000002 is damaged: optimizer.safetensors .*`latest`"):
+            find_checkpoint(tmp_path, choice)
+    (first / "manifest.json").unlink()
+    with pytest.raises(UserError, match=r"step-00000001 is damaged: manifest.json is missing"):
+        find_checkpoint(tmp_path, first.name)
+    assert first.is_dir() and second.is_dir()
+
+
+def test_a_checkpoint_that_may_not_be_read_is_no_damaged_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_steps(tmp_path, 1, 2)
+
+    def forbidden(path: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(path / "state.json"))
+
+    monkeypatch.setattr(checkpoint, "damage_of", forbidden)
+    with pytest.raises(UserError, match=r"step-00000002 may not be read.*state.json"):
+        find_checkpoint(tmp_path, "latest")
+    assert names(tmp_path) == ["step-00000001", "step-00000002"]
+
+
+def test_one_that_was_cut_short_does_not_count_to_the_limit_and_is_not_removed(tmp_path: Path) -> None:
+    """The last good one stays, however many newer ones are seen at a glance to be none."""
+    transformer, optimizer = save_steps(tmp_path, 1, 2, 3)
+    for folder in list_checkpoints(tmp_path)[1:]:
+        cut(folder / "optimizer.safetensors")
+    save_checkpoint(tmp_path, TrainState(step=4), transformer, optimizer, keep=2)
+    assert names(tmp_path) == [f"step-{number:08}" for number in (1, 2, 3, 4)]
+    save_checkpoint(tmp_path, TrainState(step=5), transformer, optimizer, keep=2)
+    assert names(tmp_path) == [f"step-{number:08}" for number in (2, 3, 4, 5)]
+
+
+def test_other_engines_write_what_they_like_into_a_new_checkpoint(tmp_path: Path) -> None:
+    with new_checkpoint(tmp_path, 7, keep=1) as part:
+        (part / "engine/states").mkdir(parents=True)
+        (part / "engine/states/rank-0.pt").write_bytes(b"0" * 100)
+        assert list_checkpoints(tmp_path) == []
+    (folder,) = list_checkpoints(tmp_path)
+    assert damage_of(folder) is None
+    flip(folder / "engine/states/rank-0.pt")
+    assert "engine/states/rank-0.pt" in str(damage_of(folder))
+
+
+def test_what_is_replaced_is_there_until_the_new_one_is_complete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed at any rename, the run has the old checkpoint of this step, the new one, or the one before."""
+    transformer, optimizer = save_steps(tmp_path, 1, 2)
+
+    class Killed(BaseException):
+        pass
+
+    replace = os.replace
+    for allowed in range(4):
+        count = 0
+
+        def rename_or_die(path: Path, new: Path) -> None:
+            nonlocal count
+            if Path(path).parent.name == "checkpoints":
+                count += 1
+                if count > allowed:  # noqa: B023
+                    raise Killed
+            replace(path, new)
+
+        with monkeypatch.context() as patch, contextlib.suppress(Killed):
+            patch.setattr(checkpoint.os, "replace", rename_or_die)
+            save_checkpoint(tmp_path, TrainState(step=2), transformer, optimizer, keep=2)
+        assert "step-00000001" in names(tmp_path)
+        assert all(damage_of(folder) is None for folder in list_checkpoints(tmp_path))
 
 
 def cut(path: Path) -> None:
