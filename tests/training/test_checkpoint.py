@@ -18,15 +18,10 @@ from cogvideox_factory.config import LoraOptions, OptimizerOptions, UserError
 from cogvideox_factory.data.manifest import damage_of
 from cogvideox_factory.data.sampler import Layout, Position
 from cogvideox_factory.model.adapters import attach_lora, trainable_parameters
-from cogvideox_factory.training import checkpoint
-from cogvideox_factory.training.checkpoint import (
-    TrainState,
-    find_checkpoint,
-    list_checkpoints,
-    load_checkpoint,
-    new_checkpoint,
-    save_checkpoint,
-)
+from cogvideox_factory.run_folder import list_checkpoints
+from cogvideox_factory.training import checkpoint, checkpoint_folders
+from cogvideox_factory.training.checkpoint import TrainState, load_checkpoint, save_checkpoint
+from cogvideox_factory.training.checkpoint_folders import find_checkpoint, new_checkpoint
 from cogvideox_factory.training.fp32_steps import held_weights
 from cogvideox_factory.training.optimizers import OPTIMIZERS, build_optimizer
 from cogvideox_factory.training.tensor_tree import flatten
@@ -286,13 +281,13 @@ def test_the_oldest_is_there_until_the_new_one_is_complete(tmp_path: Path, monke
             assert damage_of(tmp_path / "checkpoints/step-00000003") is None
         replace(path, new)
 
-    monkeypatch.setattr(checkpoint.os, "replace", look_then_rename)
+    monkeypatch.setattr(checkpoint_folders.os, "replace", look_then_rename)
     save_checkpoint(tmp_path, TrainState(step=3), transformer, optimizer, keep=2)
     assert seen == [["step-00000001", "step-00000002", "step-00000003"]]
     assert names(tmp_path) == ["step-00000002", "step-00000003"]
 
 
-@pytest.mark.parametrize("failing", ["write_durably", "save_file", "save_lora"])
+@pytest.mark.parametrize("failing", ["write_durably", "write_tensors", "write_lora"])
 def test_a_full_disk_leaves_older_checkpoints_as_they_were(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
 ) -> None:
@@ -427,7 +422,7 @@ def test_a_checkpoint_that_may_not_be_read_is_no_damaged_one(tmp_path: Path, mon
     def forbidden(path: Path) -> None:
         raise PermissionError(13, "Permission denied", str(path / "state.json"))
 
-    monkeypatch.setattr(checkpoint, "damage_of", forbidden)
+    monkeypatch.setattr(checkpoint_folders, "damage_of", forbidden)
     with pytest.raises(UserError, match=r"step-00000002 may not be read.*state.json"):
         find_checkpoint(tmp_path, "latest")
     assert names(tmp_path) == ["step-00000001", "step-00000002"]
@@ -477,7 +472,7 @@ def test_what_is_replaced_is_there_until_the_new_one_is_complete(
             replace(path, new)
 
         with monkeypatch.context() as patch, contextlib.suppress(Killed):
-            patch.setattr(checkpoint.os, "replace", rename_or_die)
+            patch.setattr(checkpoint_folders.os, "replace", rename_or_die)
             save_checkpoint(tmp_path, TrainState(step=2), transformer, optimizer, keep=2)
         assert "step-00000001" in names(tmp_path)
         assert all(damage_of(folder) is None for folder in list_checkpoints(tmp_path))
