@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import shutil
@@ -15,15 +16,17 @@ from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel
 from safetensors.torch import load_file
 
 from cogvideox_factory.config import LoraOptions, OptimizerOptions, UserError
+from cogvideox_factory.data.buckets import Bucket
 from cogvideox_factory.data.manifest import damage_of
-from cogvideox_factory.data.sampler import Layout, Position
+from cogvideox_factory.data.sampler import Layout, Position, Sampler
 from cogvideox_factory.model.adapters import attach_lora, trainable_parameters
 from cogvideox_factory.run_folder import list_checkpoints
 from cogvideox_factory.training import checkpoint, checkpoint_folders
-from cogvideox_factory.training.checkpoint import TrainState, load_checkpoint, save_checkpoint
+from cogvideox_factory.training.checkpoint import TrainState, load_checkpoint, read_state, save_checkpoint
 from cogvideox_factory.training.checkpoint_folders import find_checkpoint, new_checkpoint
 from cogvideox_factory.training.fp32_steps import held_weights
 from cogvideox_factory.training.optimizers import OPTIMIZERS, build_optimizer
+from cogvideox_factory.training.resuming import resumed_position
 from cogvideox_factory.training.tensor_tree import flatten
 
 
@@ -194,6 +197,29 @@ def test_what_is_loaded_goes_on_as_if_never_saved(tmp_path: Path) -> None:
         steps(other_transformer, other_optimizer, numbers)
         assert_equal(weights(other_transformer), weights(transformer))
         assert_equal(other_optimizer.state_dict(), optimizer.state_dict())
+
+
+def test_the_number_of_processes_may_change_between_runs(tmp_path: Path) -> None:
+    """One process, then two, then one: every clip once an epoch, in which each run ends and is read from disk."""
+    buckets = [Bucket(17, 64, 96)] * 11 + [Bucket(9, 64, 96)] * 6
+    transformer, optimizer = save_steps(tmp_path)
+    state = TrainState(layout=Layout(1), order={"seed": 3})
+    drawn: list[int] = []
+    for num_ranks in (1, 2, 1):
+        sampler = Sampler(buckets, 1, num_ranks=num_ranks, num_micro_batches=2, seed=3)
+        fresh = TrainState(layout=sampler.layout, order=state.order)
+        position = resumed_position(state, fresh, sampler)
+        for at, step in itertools.islice(sampler.from_position(position), 1 if num_ranks == 2 else 2):
+            assert all(len(micro_batch) == num_ranks for micro_batch in step)
+            drawn += [index for micro_batch in step for share in micro_batch for index in share]
+            position = sampler.after(at)
+        fresh.step, fresh.position = state.step + 1, position
+        state = read_state(save_checkpoint(tmp_path, fresh, transformer, optimizer, None))
+        assert state == fresh
+    assert len(set(drawn)) == len(drawn) == 4 + 4 + 4
+    rest = sampler.epoch(state.position.epoch, state.position.earlier)[state.position.step :]
+    drawn += [index for step in rest for micro_batch in step for share in micro_batch for index in share]
+    assert state.position.epoch == 0 and sorted(drawn) == list(range(17))
 
 
 def test_saving_changes_nothing_in_memory(tmp_path: Path) -> None:
