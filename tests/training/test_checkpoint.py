@@ -22,7 +22,7 @@ from cogvideox_factory.data.sampler import Layout, Position, Sampler
 from cogvideox_factory.model.adapters import attach_lora, trainable_parameters
 from cogvideox_factory.run_folder import list_checkpoints
 from cogvideox_factory.training import checkpoint, checkpoint_folders
-from cogvideox_factory.training.checkpoint import TrainState, load_checkpoint, read_state, save_checkpoint
+from cogvideox_factory.training.checkpoint import Snapshot, TrainState, load_checkpoint, read_state
 from cogvideox_factory.training.checkpoint_folders import find_checkpoint, new_checkpoint
 from cogvideox_factory.training.fp32_steps import held_weights
 from cogvideox_factory.training.optimizers import OPTIMIZERS, build_optimizer
@@ -45,6 +45,10 @@ def build(seed: int = 0, **lora: Any):
         weight_decay=0.1,
     )
     return transformer, optimizer
+
+
+def save_checkpoint(run: Path, state: TrainState, transformer, optimizer, keep: int | None) -> Path:
+    return Snapshot.take(state, transformer, optimizer).write(run, keep)
 
 
 def steps(transformer, optimizer, numbers: range) -> None:

@@ -117,13 +117,6 @@ class Snapshot:
             yield from of_file.values()
 
 
-def save_checkpoint(
-    run: Path, state: TrainState, transformer, optimizer, keep: int | None, average: WeightAverage | None = None
-) -> Path:
-    """Write the checkpoint of `state.step`, then remove the oldest beyond `keep`. One tensor at a time is copied."""
-    return Snapshot.take(state, transformer, optimizer, average).write(run, keep)
-
-
 def read_state(folder: Path) -> TrainState:
     """What a checkpoint holds besides tensors. Raises UserError where it cannot be read."""
     try:
