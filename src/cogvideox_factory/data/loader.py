@@ -194,6 +194,7 @@ def load_steps(
         num_workers=num_workers,
         pin_memory=pin_memory,
         collate_fn=_as_it_is,
+        generator=torch.Generator(),  # for the workers' seeds, which nothing needs: torch's own generator is left alone
     )
     return iter(loader)
 

@@ -29,7 +29,8 @@ from cogvideox_factory.model.family import Checkpoint
 from cogvideox_factory.planning import low_bit
 from cogvideox_factory.planning.depth import Stages, mark_stages
 from cogvideox_factory.planning.fakes import GPU, HOST, FakeTracker, as_on_cuda, build
-from cogvideox_factory.planning.repeats import Calls, remember_calls
+from cogvideox_factory.planning.ranks import Weights
+from cogvideox_factory.planning.repeats import Calls, remember_blocks, remember_calls
 from cogvideox_factory.sampling import pipeline_in_memory, place
 from cogvideox_factory.training.ema import averaged, build_average
 from cogvideox_factory.training.loop import build_model, held_between_steps, optimizer_step
@@ -91,6 +92,7 @@ def trace_text(options: Plan, checkpoint: Checkpoint) -> Phase:
         with tracker.part("weights"):
             place_text_encoder(text_encoder, options.encoding, GPU)
         tracker.add(_tensors(text_encoder), "weights")
+        remember_blocks(text_encoder.encoder.block, tracker)
         tokens = options.encoding.max_sequence_length or checkpoint.max_text_tokens
         pipeline = _text_pipeline(text_encoder)
         tracker.start_phase()
@@ -134,7 +136,7 @@ def trace_held(options: Plan, checkpoint: Checkpoint) -> Phase:
             transformer = build_model(
                 options, checkpoint, training_dtype(options, checkpoint), GPU, load=load_transformer
             )
-        begin_training(options, checkpoint, transformer, tracker)
+        _training = begin_training(options, checkpoint, transformer, tracker)  # named, as it would be gone else
         tracker.start_phase()
         return Phase.of("held", tracker)
 
@@ -165,10 +167,27 @@ def trace_validation(options: Plan, checkpoint: Checkpoint, decodings: Calls | N
             )
             tracker.add(_tensors(pipeline.vae), "weights")
             remember_calls(pipeline.vae.decoder, tracker, decodings)
+            remember_blocks(transformer.transformer_blocks, tracker)
             embeds = torch.empty(_embeds_shape(options, checkpoint), dtype=dtype, device=GPU)
             make_video(pipeline, options, checkpoint, tracker, prompt_embeds=embeds, negative_prompt_embeds=embeds)
             pipeline.vae = None
         return Phase.of("validation", tracker)
+
+
+def count_weights(options: Plan, checkpoint: Checkpoint) -> Weights:
+    """The transformer's, with what is trained attached."""
+    transformer = load_transformer(checkpoint, training_dtype(options, checkpoint))
+    keeps_bf16 = options.optimizer.trainable_dtype == "bf16"
+    attach(transformer, options.method, options.lora, options.seed, keeps_bf16=keeps_bf16)
+    trained = trainable_parameters(transformer).values()
+    count = sum(parameter.numel() for parameter in trained)
+    return Weights(
+        count=sum(parameter.numel() for parameter in transformer.parameters()),
+        trained=count,
+        trained_bytes=sum(parameter.nbytes for parameter in trained),
+        part="adapter" if is_lora(transformer) else "weights",
+        average=0 if options.method.ema_decay is None else 4 * count,
+    )
 
 
 @dataclass(frozen=True)
@@ -253,6 +272,8 @@ def trace_testing(options: Plan, checkpoint: Checkpoint, decodings: Calls | None
             scheduler=load_scheduler(checkpoint),
         )
         remember_calls(pipeline.vae.decoder, tracker, decodings)
+        remember_blocks(pipeline.text_encoder.encoder.block, tracker)
+        remember_blocks(pipeline.transformer.transformer_blocks, tracker)
         _mark_text(pipeline.text_encoder, tracker)
         tracker.start_phase()
         with tracker.part("weights"):

@@ -1,13 +1,14 @@
 """Traces a module once for inputs of one kind, and answers the next calls with outputs of the same sizes.
 
-A VAE that works tile by tile calls its decoder hundreds of times, with a handful of different sizes. What a call
-takes at its highest moment depends on these sizes alone, so that a remembered call counts as a traced one does.
+A VAE that works tile by tile calls its decoder hundreds of times, with a handful of different sizes, and the blocks of
+a transformer are called one after the other with the same. What a call takes at its highest moment depends on these
+sizes alone, so that a remembered call counts as a traced one does.
 """
 
 from __future__ import annotations
 
 import collections
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,6 +58,13 @@ def remember_calls(module: torch.nn.Module, tracker: MemoryTracker, calls: Calls
         return _replay(calls[key], inputs, tracker)
 
     module.forward = forward
+
+
+def remember_blocks(blocks: Iterable[torch.nn.Module], tracker: MemoryTracker) -> None:
+    """Trace one of the blocks that are alike, for all; without gradients. What hooks do around each is still traced."""
+    calls: Calls = {}
+    for block in blocks:
+        remember_calls(block, tracker, calls)
 
 
 def _kind(value: Any) -> Any:

@@ -1,9 +1,9 @@
 """Finds the fastest settings with which all phases of a run fit into a budget.
 
 Combinations of levers are tried for one phase after the other, exact ones before approximations, and in each of these
-groups from the fastest to the slowest as far as that is known; the first that fits is taken. The strongest of a group
-is looked at before all others: what that cannot do, none can. Steps are not traced whose bytes can be told from others
-well enough to know that they are too many. Only options that have their defaults are changed.
+groups from the fastest to the slowest as far as that is known; the first that fits is taken. Where some have failed,
+the strongest of a group is looked at before the next: what that cannot do, none can. Steps are not traced whose bytes
+can be told from others well enough to know that they are too many. Only options that have their defaults are changed.
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ OPTIONS = {
     for lever in levers
     for name in lever.values
 }
+PATIENCE = 4  # combinations that fail before the strongest, whose trace takes as long as those of several, is looked at
 MARGIN = 0.03  # by which a step may take less than is expected of it from others; and what an allocator may lose more
 
 
@@ -135,13 +136,13 @@ class _Search:
         sparing: dict[str, Any] = {}
         for combinations in (encodings, steps, videos):
             sparing.update(_strongest(combinations).values)
-        if self._is_too_much(self.names, sparing):
-            return self._found(sparing, fits=False)
         for encoding in self._fitting(["preparing"], encodings, {}):
-            for step in self._fitting(["training"], steps, encoding):
+            for number, step in enumerate(self._fitting(["training"], steps, encoding)):
                 for video in self._fitting(["validation", "testing"], videos, step):
                     values = self._with_most_residents(video)
                     return self._found(values, fits=True)
+                if number == 0 and self._is_too_much(self.names, sparing):  # no other step helps
+                    break
             break  # more sparing encoders would not help the other phases
         return self._found(sparing, fits=False)
 
@@ -150,8 +151,7 @@ class _Search:
         too_much: list[Values] = []
         for is_exact in (True, False):
             group = [one for one in combinations if one.is_exact == is_exact]
-            if not group or self._is_too_much(names, {**base, **_strongest(group).values}):
-                continue
+            failures = 0
             for one in sorted(group, key=lambda one: one.slowdown):
                 values = {**base, **one.values}
                 if any(values.items() <= failed.items() for failed in too_much):
@@ -161,8 +161,12 @@ class _Search:
                 looks = self._look(names, values)
                 if all(look.fits for look in looks):
                     yield values
-                elif any(look.phase.peak > self.budget.gpu for look in looks):
+                    continue
+                failures += 1
+                if any(look.phase.peak > self.budget.gpu for look in looks):
                     too_much.append(values)
+                if failures == PATIENCE and self._is_too_much(names, {**base, **_strongest(group).values}):
+                    break
 
     def _is_too_much(self, names: Sequence[str], values: Values) -> bool:
         """For the GPU: what is spared there may be on the host."""
@@ -258,6 +262,7 @@ def _groups(options: Plan, *, has_scaler: bool) -> Groups:
         for strategy in STRATEGIES
         if strategy.levers
         and not strategy.is_on(options.memory)
+        and not (strategy.needs_one_process and options.num_processes > 1)
         and (is_lora or not strategy.needs_lora)
         and not (strategy.steps_in_backward and (is_lora or optimizer.optimizer == "prodigy"))
     ]

@@ -19,6 +19,7 @@ from accelerate.utils import (
     DistributedType,
     GradientAccumulationPlugin,
     InitProcessGroupKwargs,
+    broadcast_object_list,
 )
 
 from cogvideox_factory.config import Train, UserError
@@ -97,6 +98,11 @@ def is_deepspeed(accelerator: Accelerator) -> bool:
 def is_divided(accelerator: Accelerator) -> bool:
     """Whether ranks divide the weights that compute among them, so that each forward pass takes all of them."""
     return is_deepspeed(accelerator) and accelerator.deepspeed_plugin.zero_stage == 3
+
+
+def first_rank_says(accelerator: Accelerator, flag: bool) -> bool:
+    """The first rank's answer, on all of them: what is on the disk changes while the others look."""
+    return broadcast_object_list([flag])[0] if accelerator.num_processes > 1 else flag
 
 
 def check_engine(options: Train, accelerator: Accelerator) -> None:

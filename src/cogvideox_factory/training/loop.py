@@ -16,7 +16,6 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 
 from cogvideox_factory.config import RunError, Train, write_config
 from cogvideox_factory.data.loader import StepBatches, load_steps
@@ -38,11 +37,12 @@ from cogvideox_factory.model.family import Checkpoint, open_checkpoint, with_con
 from cogvideox_factory.progress import progress_bar
 from cogvideox_factory.run_folder import set_aside_after
 from cogvideox_factory.stopping import Stopped, StopRequest, stop_requests
-from cogvideox_factory.training.checkpoint import TrainState, save_checkpoint
+from cogvideox_factory.training.checkpoint import TrainState
 from cogvideox_factory.training.ema import WeightAverage, averaged, build_average
 from cogvideox_factory.training.engine import (
     backward,
     check_engine,
+    first_rank_says,
     is_deepspeed,
     is_divided,
     make_accelerator,
@@ -64,6 +64,7 @@ from cogvideox_factory.training.optimizers import (
 from cogvideox_factory.training.resuming import resume, schedule_at
 from cogvideox_factory.training.run_data import TrainingData, check_data_sets, clips_of, prepare_data
 from cogvideox_factory.training.run_options import claim_run_folder, resolve_options, without_resume
+from cogvideox_factory.training.saving import Saver
 from cogvideox_factory.training.start_images import open_start_images
 from cogvideox_factory.training.tracking import Trackers, choose_trackers
 from cogvideox_factory.training.validation import Validation
@@ -183,12 +184,13 @@ def train_steps(
     trackers.start_after(state.step, options)
     if state.step >= num_steps:
         logger.info("nothing left to train: this run is finished")
-        if find_export(run) is None:
+        if first_rank_says(accelerator, find_export(run) is None):
             export_trained()
         return state
     if accelerator.is_main_process:  # only now: a run that is refused or finished keeps its own
         write_config(without_resume(options), run / "config.yaml")
-        set_aside_after(run / "validation", state.step)
+        for name in ("checkpoints", "validation"):
+            set_aside_after(run / name, state.step)
 
     held_out = (
         HeldOutLoss(
@@ -214,8 +216,10 @@ def train_steps(
         pin_memory=training.pin_memory and device.type == "cuda",
     )
 
+    saver = Saver(run, training.checkpoints_total_limit, state.step)
+
     def broken(what: str) -> RunError:
-        good = f"checkpoint of step {saved_step}" if saved_step else "base model"
+        good = saver.last_good()
         return RunError(f"{what}; the last good state is the {good}. Lower --learning_rate, or set --max_grad_norm")
 
     def save() -> None:
@@ -225,17 +229,16 @@ def train_steps(
         with whole_parameters(parameters if is_lora(transformer) else (), is_kept=is_main):
             if is_main:
                 state.scaler = accelerator.scaler.state_dict() if accelerator.scaler else {}
-                keep = training.checkpoints_total_limit
-                logger.info("saved      %s", save_checkpoint(run, state, transformer, held, keep, average))
+                saver.save(state, transformer, held, average)
+            else:
+                saver.saved_step = state.step  # which the first rank sees to
         accelerator.wait_for_everyone()
 
     first_step = saved_step = state.step
 
     def validate_if_due() -> None:
-        is_due = is_main and validation.is_due(state.step, state.position.ended_epoch)
-        if is_divided(accelerator):  # a video takes all ranks; the first knows what is there already
-            is_due = broadcast_object_list([is_due])[0]
-        if is_due:
+        is_due = first_rank_says(accelerator, validation.is_due(state.step, state.position.ended_epoch))
+        if is_due and (is_main or is_divided(accelerator)):  # divided weights take all ranks
             if state.step > first_step:
                 memory.record("memory_before_validation", memory.peak())
             memory.start_phase()
@@ -259,8 +262,8 @@ def train_steps(
     is_silent = not accelerator.is_main_process
     bar = progress_bar(None, "Training", "step", num_steps, done=state.step, is_silent=is_silent)
     log = MetricsLog(run, state.step, accelerator, also_to=trackers.log_line)
-    with log, held_out or contextlib.nullcontext(), bar:
-        while state.step < num_steps and not stop.requested:
+    with log, held_out or contextlib.nullcontext(), bar, saver:
+        while state.step < num_steps and not stop.requested and not saver.has_failed:
             started = time.perf_counter()
             step = next(steps)
             waited = time.perf_counter() - started
@@ -297,6 +300,7 @@ def train_steps(
                     held_out.measure(model, state.step, step.position.epoch, is_last=state.step == num_steps)
             if state.step < num_steps:  # after the last step, what was saved is tested
                 validate_if_due()
+    saver.wait()
     memory.record("memory_before_validation", memory.peak())
 
     if state.step < num_steps:
