@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -90,13 +91,18 @@ def test_two_processes_train_what_one_does(arguments, on_one_process, tmp_path: 
 
 SHARED_OUT = (
     *(("ddp", "lora", 1, 2), ("ddp", "sft", 2, 1)),
-    *((engine, method, *split) for engine in ("zero2", "zero3") for method, *split in (("lora", 1, 2), ("sft", 2, 1))),
+    *(
+        (engine, method, *split)
+        for engine in ("zero2", "zero3", "fsdp2")
+        for method, *split in (("lora", 1, 2), ("sft", 2, 1))
+    ),
 )
 
 
 @pytest.mark.slow
 @needs_deepspeed
-@pytest.mark.parametrize(("engine", "method", "batch_size", "accumulate"), SHARED_OUT)
+@pytest.mark.parametrize("engine", ["ddp", "zero2", "zero3", "fsdp2"])
+@pytest.mark.parametrize(("method", "batch_size", "accumulate"), [("lora", 1, 2), ("sft", 2, 1)])
 def test_every_engine_trains_what_one_process_does(
     arguments, on_one_process, tmp_path: Path, engine: str, method: str, batch_size: int, accumulate: int
 ) -> None:
@@ -125,7 +131,7 @@ def test_accumulated_batches_of_one_process_are_one_batch(arguments, on_one_proc
 @needs_deepspeed
 @pytest.mark.parametrize("dtype", ["no", "bf16"])
 @pytest.mark.parametrize("method", ["lora", "sft"])
-@pytest.mark.parametrize("engine", ["ddp", "zero2", "zero3"])
+@pytest.mark.parametrize("engine", ["ddp", "zero2", "zero3", "fsdp2"])
 def test_going_on_under_the_same_engine_is_exact(
     arguments, tmp_path: Path, engine: str, method: str, dtype: str
 ) -> None:
@@ -146,7 +152,7 @@ def test_going_on_under_the_same_engine_is_exact(
 @pytest.mark.slow
 @needs_deepspeed
 @pytest.mark.parametrize(
-    ("first", "second"), [("zero2", "ddp"), ("ddp", "zero2"), ("zero3", "zero2"), ("ddp", "zero3")]
+    ("first", "second"), [("zero2", "ddp"), ("ddp", "zero2"), ("zero3", "fsdp2"), ("fsdp2", "zero3")]
 )
 def test_a_run_goes_on_under_another_engine(arguments, on_one_process, tmp_path: Path, first: str, second: str) -> None:
     """With its optimizer's state: a new one would take other steps."""
@@ -185,7 +191,7 @@ def test_what_does_not_go_with_deepspeed_is_refused(group: str, values: Any, fla
         check_engine(options, under_deepspeed())
 
 
-def test_a_moving_average_goes_with_zero_2_alone() -> None:
+def test_a_moving_average_needs_whole_weights() -> None:
     options = Train(method=MethodOptions(ema_decay=0.9))
     check_engine(options, under_deepspeed(2))
     with pytest.raises(UserError, match=r"--ema_decay: .* ZeRO-2"):
@@ -196,6 +202,32 @@ def test_a_moving_average_goes_with_zero_2_alone() -> None:
 def test_other_stages_of_zero_are_refused(stage: int) -> None:
     with pytest.raises(UserError, match=f"zero_stage {stage}"):
         check_engine(Train(), under_deepspeed(stage))
+
+
+def test_fsdp_is_that_of_torch_version_2() -> None:
+    under_fsdp: Any = SimpleNamespace(distributed_type=DistributedType.FSDP, is_fsdp2=True)
+    check_engine(Train(), under_fsdp)
+    with pytest.raises(UserError, match="--use_8bit: not together with FSDP2"):
+        check_engine(Train(optimizer=OptimizerOptions(use_8bit=True)), under_fsdp)
+    under_fsdp.is_fsdp2 = False
+    with pytest.raises(UserError, match=r"fsdp2\.yaml"):
+        check_engine(Train(), under_fsdp)
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["ddp", "deepspeed_zero2", "deepspeed_zero3_offload", "fsdp2"])
+def test_every_config_trains_on_gpus(arguments, on_one_process, tmp_path: Path, config: str) -> None:
+    """As many processes as there are GPUs, by accelerate's own launcher; in fp32, as on one of them."""
+    num_gpus = torch.cuda.device_count()
+    if 4 % num_gpus:
+        pytest.skip("four clips a step cannot be shared out evenly")
+    launch = ["accelerate", "launch", "--config_file", CONFIGS / f"{config}.yaml", "--num_processes", str(num_gpus)]
+    flags = ("--mixed_precision", "no", "--train_batch_size", str(4 // num_gpus))
+    command = [*launch, "-m", "cogvideox_factory", *arguments(tmp_path / "run", "lora", *flags)]
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert_same_course(tmp_path / "run", on_one_process("lora"))
 
 
 @needs_deepspeed

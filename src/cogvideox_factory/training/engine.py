@@ -10,6 +10,7 @@ import datetime
 import importlib.util
 import logging
 import os
+import warnings
 
 import torch
 from accelerate import Accelerator
@@ -25,6 +26,7 @@ from accelerate.utils import (
 from cogvideox_factory.config import Train, UserError
 from cogvideox_factory.model.family import Checkpoint
 from cogvideox_factory.prepare import PATIENCE
+from cogvideox_factory.training.fsdp import DividedSteps
 from cogvideox_factory.training.zero import ZeroSteps
 
 logger = logging.getLogger(__name__)
@@ -95,9 +97,18 @@ def is_deepspeed(accelerator: Accelerator) -> bool:
     return accelerator.distributed_type == DistributedType.DEEPSPEED
 
 
-def is_divided(accelerator: Accelerator) -> bool:
+def is_fsdp(accelerator: Accelerator) -> bool:
+    return accelerator.distributed_type == DistributedType.FSDP
+
+
+def has_masters(accelerator: Accelerator) -> bool:
+    """Whether the engine puts fp32 weights of its own, of which it keeps views, in the place of those that train."""
+    return is_deepspeed(accelerator) or is_fsdp(accelerator)
+
+
+def has_divided_weights(accelerator: Accelerator) -> bool:
     """Whether ranks divide the weights that compute among them, so that each forward pass takes all of them."""
-    return is_deepspeed(accelerator) and accelerator.deepspeed_plugin.zero_stage == 3
+    return is_fsdp(accelerator) or (is_deepspeed(accelerator) and accelerator.deepspeed_plugin.zero_stage == 3)
 
 
 def first_rank_says(accelerator: Accelerator, flag: bool) -> bool:
@@ -107,15 +118,16 @@ def first_rank_says(accelerator: Accelerator, flag: bool) -> bool:
 
 def check_engine(options: Train, accelerator: Accelerator) -> None:
     """Raises UserError for what cannot be done under the engine that the launcher has chosen."""
-    if accelerator.distributed_type == DistributedType.FSDP:
-        raise UserError(
-            "FSDP: checkpoints of it are not carried through; take accelerate_configs/deepspeed_zero3_offload.yaml"
-        )
-    if not is_deepspeed(accelerator):
+    if not has_masters(accelerator):
         return
-    stage = accelerator.deepspeed_plugin.zero_stage
-    if stage not in (2, 3):
-        raise UserError(f"zero_stage {stage} of DeepSpeed: only 2 and 3; instead of 0 and 1 take {DDP_FILE}")
+    if is_fsdp(accelerator):
+        engine = "FSDP2"
+        if not accelerator.is_fsdp2:
+            raise UserError("fsdp_version 1: only 2; take accelerate_configs/fsdp2.yaml")
+    else:
+        engine, stage = "DeepSpeed", accelerator.deepspeed_plugin.zero_stage
+        if stage not in (2, 3):
+            raise UserError(f"zero_stage {stage} of DeepSpeed: only 2 and 3; instead of 0 and 1 take {DDP_FILE}")
     optimizer, memory = options.optimizer, options.memory
     keeps_masters = "it keeps fp32 weights and states itself, divided among the ranks"
     offloads = "it has that itself, as accelerate_configs/deepspeed_zero3_offload.yaml shows"
@@ -131,10 +143,15 @@ def check_engine(options: Train, accelerator: Accelerator) -> None:
         (memory.resident_blocks is not None, "--resident_blocks", "it places weights itself; ZeRO-3 offloads them"),
         (memory.quantize_base is not None, "--quantize_base", "it would convert the scales of the weights to bf16"),
         (has_dora, "--use_dora", "it would convert the norms of DoRA to bf16"),
-        (stage == 3 and options.method.ema_decay is not None, "--ema_decay", "ZeRO-3 divides the weights; take ZeRO-2"),
+        (
+            has_divided_weights(accelerator) and options.method.ema_decay is not None,
+            "--ema_decay",
+            "the weights are divided among the ranks; ZeRO-2 divides none",
+        ),
+        (is_fsdp(accelerator) and memory.offload_activations, "--offload_activations", "it moves blocks by itself"),
     ):
         if is_given:
-            raise UserError(f"{flag}: not together with DeepSpeed ({why}); leave it out, or take {DDP_FILE}")
+            raise UserError(f"{flag}: not together with {engine} ({why}); leave it out, or take {DDP_FILE}")
 
 
 def wrap(accelerator: Accelerator, transformer, optimizer: torch.optim.Optimizer):
@@ -143,8 +160,10 @@ def wrap(accelerator: Accelerator, transformer, optimizer: torch.optim.Optimizer
     Weights and the optimizer's state are where they belong already, which is not always the GPU; DeepSpeed wants no
     say in it.
     """
-    if not is_deepspeed(accelerator):
+    if not has_masters(accelerator):
         return accelerator.prepare(transformer, optimizer, device_placement=[False, False])
+    if is_fsdp(accelerator):
+        return _divide(accelerator, transformer, optimizer)
     parameters = list(optimizer.param_groups[0]["params"])  # DeepSpeed puts its own in their place
     weights = [parameter.detach().clone() for parameter in parameters if parameter.dtype == torch.float32]
     model, _ = accelerator.prepare(transformer, optimizer)
@@ -153,6 +172,24 @@ def wrap(accelerator: Accelerator, transformer, optimizer: torch.optim.Optimizer
         for parameter, weight in zip(parameters, weights, strict=True):
             steps.set_held_weight(parameter, weight)
     return model, steps
+
+
+def _divide(accelerator: Accelerator, transformer, optimizer: torch.optim.Optimizer):
+    """With FSDP2. Trained weights are fp32, and gathered in the type that the model computes in."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")  # nothing is changed in place
+    dtype = next(parameter.dtype for parameter in transformer.parameters() if parameter.is_floating_point())
+    for parameter in transformer.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
+        param_dtype=dtype,
+        reduce_dtype=torch.float32,
+        cast_forward_inputs=False,  # positions stay fp32
+    )
+    model, wrapped = accelerator.prepare(transformer, optimizer)
+    return model, DividedSteps(wrapped.optimizer)
 
 
 def backward(accelerator: Accelerator, model, loss: torch.Tensor, *, is_last: bool) -> None:

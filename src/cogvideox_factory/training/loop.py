@@ -43,12 +43,14 @@ from cogvideox_factory.training.engine import (
     backward,
     check_engine,
     first_rank_says,
-    is_deepspeed,
-    is_divided,
+    has_divided_weights,
+    has_masters,
+    is_fsdp,
     make_accelerator,
     wrap,
 )
 from cogvideox_factory.training.fp32_steps import held_weights
+from cogvideox_factory.training.gathering import gathered, part_of, whole_parameters
 from cogvideox_factory.training.held_out import HeldOutLoss
 from cogvideox_factory.training.hub import open_repository
 from cogvideox_factory.training.metrics import MemoryMeter, MetricsLog
@@ -68,7 +70,6 @@ from cogvideox_factory.training.saving import Saver
 from cogvideox_factory.training.start_images import open_start_images
 from cogvideox_factory.training.tracking import Trackers, choose_trackers
 from cogvideox_factory.training.validation import Validation
-from cogvideox_factory.training.zero import gathered, part_of, whole_parameters
 
 logger = logging.getLogger(__name__)
 
@@ -152,15 +153,16 @@ def train_steps(
         training.drop_last,
     )
     dtype = checkpoint.dtype_for(training.mixed_precision, device)
-    transformer = build_model(options, checkpoint, dtype, device)
+    # FSDP2 brings each part to the device itself.
+    transformer = build_model(options, checkpoint, dtype, torch.device("cpu") if is_fsdp(accelerator) else device)
     scheduler = load_scheduler(checkpoint)
     denoiser = Denoiser(checkpoint, dtype)
     trained = trainable_parameters(transformer)
-    parameters, num_trained = list(trained.values()), sum(parameter.numel() for parameter in trained.values())
+    num_trained = sum(parameter.numel() for parameter in trained.values())
     average = build_average(trained, options.method.ema_decay)
 
     def export_trained() -> None:
-        with whole_parameters(parameters if is_lora(transformer) else transformer.parameters(), is_kept=is_main):
+        with whole_parameters(transformer, only_trained=is_lora(transformer), is_kept=is_main):
             if is_main:
                 with averaged(average):
                     export(transformer, checkpoint, run)
@@ -170,12 +172,14 @@ def train_steps(
         accelerator,
         transformer,
         build_optimizer(
-            *(parameters, options.optimizer, sampler.clips_per_step),
+            *(trained.values(), options.optimizer, sampler.clips_per_step),
             in_backward=options.memory.optimizer_in_backward,
-            has_masters=is_deepspeed(accelerator),
+            has_masters=has_masters(accelerator),
         ),
     )
     raw_optimizer = getattr(optimizer, "optimizer", optimizer)  # without what accelerate puts around it
+    trained = trainable_parameters(transformer)  # FSDP2 has others
+    parameters = list(trained.values())
     state = resume(options, checkpoint, transformer, raw_optimizer, accelerator, data.entries, sampler, average)
     steps_left = sampler.steps_left(state.position, training.num_train_epochs)
     num_steps = training.max_train_steps or state.step + steps_left
@@ -226,7 +230,7 @@ def train_steps(
         if not are_finite(parameters):  # a loss can be finite once more when the weights are not
             raise broken(f"weights are not finite after step {state.step}")
         held = gathered(raw_optimizer, is_kept=is_main)
-        with whole_parameters(parameters if is_lora(transformer) else (), is_kept=is_main):
+        with whole_parameters(transformer, only_trained=True, is_kept=is_main and is_lora(transformer)):
             if is_main:
                 state.scaler = accelerator.scaler.state_dict() if accelerator.scaler else {}
                 saver.save(state, transformer, held, average)
@@ -238,14 +242,15 @@ def train_steps(
 
     def validate_if_due() -> None:
         is_due = first_rank_says(accelerator, validation.is_due(state.step, state.position.ended_epoch))
-        if is_due and (is_main or is_divided(accelerator)):  # divided weights take all ranks
+        if is_due and (is_main or has_divided_weights(accelerator)):  # divided weights take all ranks
             if state.step > first_step:
                 memory.record("memory_before_validation", memory.peak())
             memory.start_phase()
             with averaged(average):
-                held = None if is_deepspeed(accelerator) else held_between_steps(raw_optimizer, average)
+                held = None if has_masters(accelerator) else held_between_steps(raw_optimizer, average)
                 validation.run_in_memory(
-                    *(state.step, transformer, scheduler, dtype, device, held), is_shared=is_divided(accelerator)
+                    *(state.step, transformer, scheduler, dtype, device, held),
+                    is_shared=has_divided_weights(accelerator),
                 )
             free_memory()
             memory.record("memory_after_validation", memory.peak())

@@ -19,6 +19,7 @@ from accelerate import Accelerator
 
 from cogvideox_factory.config import OptimizerOptions, UserError
 from cogvideox_factory.training.fp32_steps import Fp32Steps
+from cogvideox_factory.training.fsdp import DividedSteps
 from cogvideox_factory.training.zero import ZeroSteps
 
 logger = logging.getLogger(__name__)
@@ -231,6 +232,8 @@ def clip_gradients(
     norm = None
     if isinstance(optimizer, ZeroSteps):
         norm = optimizer.gradient_norm()
+    elif isinstance(optimizer, DividedSteps):
+        norm = optimizer.clip_gradients(limit)
     elif isinstance(raw, Fp32Steps):
         norm = raw.norm_of_dropped_gradients()
         norm = raw.clip_host_gradients(limit) if norm is None else norm

@@ -8,25 +8,13 @@ it, or that go on from it. Rejected: DeepSpeed's own checkpoints, which are pick
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch.nn import Parameter
 
-
-class Gathered:
-    """Trained weights and the optimizer's state, whole and on the host, for whoever writes them down."""
-
-    def __init__(self, weights: Mapping[Parameter, torch.Tensor], state: Mapping[str, Any]):
-        self._weights, self._state = weights, state
-
-    def held_weight(self, parameter: Parameter) -> torch.Tensor:
-        return self._weights[parameter]
-
-    def state_dict(self) -> Mapping[str, Any]:
-        return self._state
+from cogvideox_factory.training.gathering import Gathered, gathered_parameter, is_a_number_a_weight, is_divided
 
 
 class ZeroSteps(torch.optim.Optimizer):
@@ -79,7 +67,7 @@ class ZeroSteps(torch.optim.Optimizer):
         from deepspeed.utils import safe_set_full_fp32_param
 
         value = value.to(parameter.device, torch.float32)
-        with _gathered_parameter(parameter, is_changed=True):
+        with gathered_parameter(parameter, is_changed=True):
             parameter.copy_(value)
         safe_set_full_fp32_param(parameter, value)
 
@@ -101,7 +89,7 @@ class ZeroSteps(torch.optim.Optimizer):
         for number, parameter in enumerate(self._parameters if of_part else ()):
             states[number] = {}
             for name, value in of_part.items():
-                if _is_a_number_a_weight(value):
+                if is_a_number_a_weight(value):
                     whole = safe_get_full_optimizer_state(parameter, name)
                     states[number][name] = whole.cpu() if is_kept else whole.new_empty(0)
                 else:
@@ -124,15 +112,15 @@ class ZeroSteps(torch.optim.Optimizer):
             ours = self._engine.basic_optimizer.state[part]
             assert not ours, "a state that DeepSpeed has views of already"
             for name, value in states[0].items():
-                if _is_a_number_a_weight(value):
+                if is_a_number_a_weight(value):
                     ours[name] = torch.zeros_like(part)
                 else:
                     ours[name] = torch.tensor(float(value)) if counts_in_tensors else int(value)
         for number, parameter in enumerate(self._parameters):
             for name, value in states[number].items():
-                if not _is_a_number_a_weight(value):
+                if not is_a_number_a_weight(value):
                     continue
-                if _is_divided(parameter):
+                if is_divided(parameter):
                     safe_set_full_optimizer_state(parameter, value, name)
                 elif mapping := parameter._hp_mapping:  # type: ignore[attr-defined]  # some of it is this rank's
                     # As DeepSpeed's own function does, which knows no states before the first step.
@@ -146,52 +134,3 @@ class ZeroSteps(torch.optim.Optimizer):
         optimizer = self._engine.optimizer
         stage_3 = getattr(optimizer, "fp32_partitioned_groups_flat", None)
         return stage_3 or optimizer.single_partition_of_fp32_groups
-
-
-def gathered(optimizer: torch.optim.Optimizer, *, is_kept: bool) -> Any:
-    """What a checkpoint reads of an optimizer, whole on a rank where `is_kept`. Every rank calls it."""
-    return optimizer.gathered(is_kept=is_kept) if isinstance(optimizer, ZeroSteps) else optimizer
-
-
-@contextlib.contextmanager
-def whole_parameters(parameters: Iterable[Parameter], *, is_kept: bool) -> Iterator[None]:
-    """Meanwhile parameters that ranks divide among them are whole, on the host of a rank where `is_kept`, to be read.
-
-    Every rank enters it."""
-    divided = [parameter for parameter in parameters if _is_divided(parameter)]
-    copies = []
-    for parameter in divided:
-        with _gathered_parameter(parameter):
-            if is_kept:
-                copies.append(parameter.detach().to("cpu", copy=True))
-    left = [parameter.data for parameter in divided]
-    try:
-        for parameter, copy in zip(divided, copies, strict=False):  # none where nothing is kept
-            parameter.data = copy
-        yield
-    finally:
-        for parameter, data in zip(divided, left, strict=True):
-            parameter.data = data
-
-
-def part_of(parameter: torch.Tensor) -> torch.Tensor:
-    """What a rank holds of a parameter."""
-    return parameter.ds_tensor if _is_divided(parameter) else parameter  # type: ignore[attr-defined]
-
-
-def _is_divided(parameter: torch.Tensor) -> bool:
-    """Whether ranks divide a parameter of the model itself among them (stage 3)."""
-    return hasattr(parameter, "ds_id")
-
-
-def _gathered_parameter(parameter: Parameter, *, is_changed: bool = False) -> contextlib.AbstractContextManager[Any]:
-    """Meanwhile a parameter is whole on every rank; `is_changed`: with what the first rank makes of it."""
-    if not _is_divided(parameter):
-        return contextlib.nullcontext()
-    from deepspeed.runtime.zero import GatheredParameters
-
-    return GatheredParameters([parameter], modifier_rank=0 if is_changed else None)
-
-
-def _is_a_number_a_weight(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and value.dim() > 0
