@@ -109,15 +109,11 @@ def test_every_engine_trains_what_one_process_does(
     split = ("--train_batch_size", str(batch_size), "--gradient_accumulation_steps", str(accumulate))
     assert run_on_ranks(engine, *arguments(tmp_path / "run", method, *split)) == [0, 0]
     assert_same_course(tmp_path / "run", on_one_process(method))
-    exported = "pytorch_lora_weights.safetensors" if method == "lora" else "transformer"
-    if method == "lora":
-        ours, theirs = (load_file(run / exported) for run in (tmp_path / "run", on_one_process(method)))
-        for name, value in theirs.items():
-            assert torch.allclose(ours[name], value, rtol=0, atol=2e-3), name
-    else:
-        assert sorted(path.name for path in (tmp_path / "run" / exported).iterdir()) == sorted(
-            path.name for path in (on_one_process(method) / exported).iterdir()
-        )
+    exported = "pytorch_lora_weights" if method == "lora" else "transformer/diffusion_pytorch_model"
+    ours, theirs = (load_file(run / f"{exported}.safetensors") for run in (tmp_path / "run", on_one_process(method)))
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        assert torch.allclose(ours[name], value, rtol=0, atol=2e-3), name
 
 
 def test_accumulated_batches_of_one_process_are_one_batch(arguments, on_one_process, tmp_path: Path, cli: Cli) -> None:
@@ -129,14 +125,12 @@ def test_accumulated_batches_of_one_process_are_one_batch(arguments, on_one_proc
 
 @pytest.mark.slow
 @needs_deepspeed
-@pytest.mark.parametrize("dtype", ["no", "bf16"])
 @pytest.mark.parametrize("method", ["lora", "sft"])
 @pytest.mark.parametrize("engine", ["ddp", "zero2", "zero3", "fsdp2"])
-def test_going_on_under_the_same_engine_is_exact(
-    arguments, tmp_path: Path, engine: str, method: str, dtype: str
-) -> None:
+def test_going_on_under_the_same_engine_is_exact(arguments, tmp_path: Path, engine: str, method: str) -> None:
+    """In bf16, whose fp32 masters go on too."""
     run = tmp_path / "run"
-    flags = ("--train_batch_size", "2", "--mixed_precision", dtype)
+    flags = ("--train_batch_size", "2", "--mixed_precision", "bf16")
     assert run_on_ranks(engine, *arguments(run, method, *flags)) == [0, 0]
     shutil.copytree(run, tmp_path / "whole")
     shutil.rmtree(run / "checkpoints/step-00000004")
