@@ -60,10 +60,12 @@ def run_guarded(command: Callable[[], Any]) -> int:
         with quiet_libraries():
             command()
     except UserError as error:
-        print_error(str(error))
+        if not is_echo(error):
+            print_error(str(error))
         return EXIT_USER_ERROR
     except Stopped as stopped:
-        print(f"cogvideox-factory: {stopped}", file=sys.stderr)
+        if not is_echo(stopped):
+            print(f"cogvideox-factory: {stopped}", file=sys.stderr)
         return EXIT_STOPPED
     except KeyboardInterrupt:
         print("cogvideox-factory: interrupted; what was saved before is kept", file=sys.stderr)
@@ -74,9 +76,15 @@ def run_guarded(command: Callable[[], Any]) -> int:
         message = failure_message(error)
         if message is None:  # a fault of ours, which is reported best by its traceback
             raise
-        print_error(message)
+        if not is_echo(error):
+            print_error(message)
         return EXIT_FAILED
     return 0
+
+
+def is_echo(error: Exception) -> bool:
+    """Whether another process of the same run tells of it; see `ranks.together`."""
+    return getattr(error, "is_echo", False)
 
 
 def failure_message(error: Exception) -> str | None:

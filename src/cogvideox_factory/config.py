@@ -303,6 +303,9 @@ class TrainingOptions:
     """Share of clips that are shown with an empty caption, which classifier-free guidance needs."""
     noised_image_dropout: Annotated[float, Within(0, 1)] = 0.05
     """Image-to-video models: share of clips that are shown without their image."""
+    max_skipped_steps: Annotated[int, AtLeast(1)] = 10
+    """A step whose loss or gradient is no number changes no weight: it is skipped, and its clips are named. The run
+    ends at so many in a row."""
     checkpointing_steps: Annotated[int, AtLeast(1)] = 500
     """Save a checkpoint every so many optimizer steps."""
     checkpoints_total_limit: Count = None

@@ -33,6 +33,7 @@ from cogvideox_factory.model.device import default_device, free_memory
 from cogvideox_factory.model.encoders import TextEncoder, VideoEncoder
 from cogvideox_factory.model.family import Checkpoint, open_checkpoint
 from cogvideox_factory.progress import progress_bar
+from cogvideox_factory.ranks import share_requests, together
 from cogvideox_factory.resolve import check_text_length, resolve_data_options
 from cogvideox_factory.stopping import StopRequest, stop_requests
 
@@ -66,6 +67,7 @@ def run(options: Prepare) -> None:
     make_output_folder(options.output_dir)
     PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
     with stop_requests() as stop:
+        share_requests(stop)
         prepared = PreparedSet(options.output_dir)
         prepare(checkpoint, data, options.encoding, prepared, default_device(), stop)
 
@@ -90,15 +92,17 @@ def prepare(
     mine = range(processes.process_index, len(clips), processes.num_processes)
     names = Names(checkpoint, encoding, device)
     outcomes = {index: Outcome(clips[index].source or "(no name)") for index in mine}
-    excerpts = _read_clips({index: clips[index] for index in mine}, outcomes, data, names, stop)
-    captions = dict.fromkeys(excerpt.clip.caption for excerpt in excerpts.values())
-    encode_prompts(checkpoint, encoding, prepared, ["", *captions], device, stop)
-    _encode_clips(checkpoint, encoding, prepared, excerpts, outcomes, data, names, device, stop)
+    with together(stop):
+        excerpts = _read_clips({index: clips[index] for index in mine}, outcomes, data, names, stop)
+        captions = dict.fromkeys(excerpt.clip.caption for excerpt in excerpts.values())
+        encode_prompts(checkpoint, encoding, prepared, ["", *captions], device, stop)
+        _encode_clips(checkpoint, encoding, prepared, excerpts, outcomes, data, names, device, stop)
 
     everywhere: dict[int, Outcome] = dict(sorted(gather_object(list(outcomes.items()))))
     entries = list(_with_keys(everywhere.values()))
-    if processes.is_main_process:
-        _write_index(prepared, entries, everywhere.values(), data, names)
+    with together(stop):
+        if processes.is_main_process:
+            _write_index(prepared, entries, everywhere.values(), data, names)
     if not entries:
         first = everywhere[0]
         raise UserError(

@@ -335,6 +335,7 @@ class OneProcess:
     """What the loop's step asks of an accelerator, for one process and no engine."""
 
     num_processes = 1
+    scaler = None
 
     def __init__(self, device: torch.device):
         self.device = device

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TextIO
@@ -55,6 +56,11 @@ class MetricsLog:
             self._file.flush()
             if self._also_to:
                 self._also_to(values)
+
+
+def finite_or_none(value: float) -> float | None:
+    """A value as JSON knows it: there is no NaN in it."""
+    return value if math.isfinite(value) else None
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
