@@ -7,6 +7,7 @@ something failed on the way.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -33,6 +34,10 @@ from cogvideox_factory.config import (
 from cogvideox_factory.progress import AboveBarHandler
 
 logger = logging.getLogger(__name__)
+REMEDIES = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "make room there"),
+    **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "make it writable"),
+}
 EXIT_FAILED, EXIT_USER_ERROR, EXIT_STOPPED = 1, 2, 75
 
 
@@ -92,7 +97,15 @@ def failure_message(error: Exception) -> str | None:
     from safetensors import SafetensorError
 
     if isinstance(error, OSError):
-        return f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
+        message = f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
+        remedy = REMEDIES.get(error.errno or 0)
+        return f"{message}; {remedy}, then start again: what was saved before is kept" if remedy else message
+    if is_of_connection(error):
+        reason = next(iter(str(error).strip().splitlines()), "")
+        return (
+            f"another process of this run has died or cannot be reached ({reason}); what it said itself tells why. Go "
+            "on from the last checkpoint with --resume_from_checkpoint latest"
+        )
     if isinstance(error, (RunError, SafetensorError)):
         return str(error)
     if type(error).__name__ == "OutOfMemoryError":  # of torch, which must not be imported here for its name alone
@@ -103,6 +116,12 @@ def failure_message(error: Exception) -> str | None:
             "--feed_forward_chunks 8, --use_tiling and --enable_tiling, --enable_model_cpu_offload"
         )
     return None
+
+
+def is_of_connection(error: Exception) -> bool:
+    """Whether this is how torch.distributed says that processes cannot reach each other any more."""
+    names = {kind.__name__ for kind in type(error).__mro__}
+    return "DistError" in names or (type(error) is RuntimeError and "gloo" in str(error).lower())
 
 
 def run_demo(options: Demo) -> None:

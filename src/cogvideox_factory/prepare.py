@@ -40,7 +40,7 @@ from cogvideox_factory.stopping import StopRequest, stop_requests
 logger = logging.getLogger(__name__)
 
 # Raised by hand whenever the same inputs come to give other tensors, or the index another form.
-FORMAT = 3
+FORMAT = 4
 # Processes of one launch wait for the slowest, and a launcher ends them all when one dies: no need to give up early.
 PATIENCE = datetime.timedelta(days=30)
 WRITES_IN_FLIGHT = 2
@@ -214,7 +214,7 @@ def encode_prompts(
     """File in the set of each distinct prompt; the text encoder is loaded only if one is missing."""
     names = Names(checkpoint, encoding, device)
     files = {prompt: names.prompt(prompt) for prompt in prompts}
-    missing = {prompt: file for prompt, file in files.items() if not prepared.has(file)}
+    missing = {prompt: file for prompt, file in files.items() if not prepared.has_whole(file)}
     if missing:
         dtype = checkpoint.dtype_for(encoding.dtype, device)
         encoder = TextEncoder.load(
@@ -245,7 +245,7 @@ def _encode_clips(
     jobs: dict[tuple[str, ...], list[tuple[int, int]]] = collections.defaultdict(list)
     for place in excerpts:
         files = _tensor_files(outcomes, place)
-        if not all(map(prepared.has, files)):
+        if not all(map(prepared.has_whole, files)):
             jobs[files].append(place)
     if not jobs:
         return
@@ -254,7 +254,7 @@ def _encode_clips(
     def requests() -> Iterator[tuple[tuple[str, ...], FrameRequest]]:
         for files, places in jobs.items():
             is_lost = any(outcomes[index].reason for index, _ in places)  # another excerpt of the clip was broken
-            if is_lost or all(map(prepared.has, files)):  # another process may have been here meanwhile
+            if is_lost or all(map(prepared.has_whole, files)):  # another process may have been here meanwhile
                 bar.update()
                 continue
             yield files, excerpts[places[0]].request
@@ -296,12 +296,12 @@ def _encode_excerpt(
     for view in dict.fromkeys(excerpt.views):
         pixels = excerpt.see(frames, view)
         file = names.latents(excerpt, view)
-        if not prepared.has(file):
+        if not prepared.has_whole(file):
             yield file, _distribution(*encoder.encode(pixels))
         if not names.num_image_draws:
             continue
         file = names.image(excerpt, view)
-        if not prepared.has(file):
+        if not prepared.has_whole(file):
             # Keyed by the file's name, which is its content: the same noise whenever it is made.
             generator = torch.Generator().manual_seed(int(hash_of(file)[:15], 16))
             tensors = _distribution(*encoder.encode_noised_images(pixels[0], names.num_image_draws, generator))

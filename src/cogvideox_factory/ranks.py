@@ -9,6 +9,7 @@ work can take hours, their time limit would have to be so long that a dead machi
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -22,7 +23,7 @@ ENDING = "cogvideox-factory/ending"  # set by a process that has to end
 MEETING = "cogvideox-factory/meeting"
 # How often a process that waits looks whether the others have come: soon at first, then less often.
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.001, 0.25
-_num_meetings = 0
+_next_meeting = itertools.count().__next__  # the processes meet in the same order
 
 
 def num_ranks() -> int:
@@ -98,9 +99,7 @@ def first_rank_first(work: Callable[[], Result], stop: StopRequest) -> Result:
 
 def _exchange(stop: StopRequest, mine: str, *, is_ending: bool) -> list[str]:
     """What each process brings to this meeting, in their order."""
-    global _num_meetings
-    _num_meetings += 1
-    store, place = _store(), f"{MEETING}/{_num_meetings}"
+    store, place = _store(), f"{MEETING}/{_next_meeting()}"
     if is_ending:
         store.set(ENDING, "1")  # so that the others come soon
     store.set(f"{place}/{rank()}", mine)

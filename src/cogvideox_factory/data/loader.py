@@ -241,9 +241,9 @@ def _until_failure(steps: Iterator[StepBatches | RunError]) -> Iterator[StepBatc
 
 
 def _ignore_signals(worker: int) -> None:
-    """They may reach all processes; the program decides what to finish, and ends its workers itself."""
+    """They may reach all processes; the program decides what to finish. It ends its workers itself, by SIGTERM."""
     for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+        signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.SIG_IGN)
 
 
 class _Positions:

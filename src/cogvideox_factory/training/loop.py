@@ -237,8 +237,9 @@ def train_steps(
         while state.step < num_steps and not any_rank(accelerator, stop.requested)[0]:
             started = time.perf_counter()
             step = next(steps)
-            if any_rank(accelerator, isinstance(step, RunError))[0]:
-                failure = step if isinstance(step, RunError) else None  # that of another process
+            is_lost, must_stop = any_rank(accelerator, isinstance(step, RunError), stop.requested)
+            if is_lost:  # here or in another process; a signal may have reached those that read ahead, too
+                failure = step if isinstance(step, RunError) and not must_stop else None
                 break
             assert isinstance(step, StepBatches)
             waited = time.perf_counter() - started
@@ -350,7 +351,7 @@ def optimizer_step(
             for _ in backward_passes(optimizer, index, num_batches, limit):  # one, or two that are alike
                 losses = velocity_loss(model, denoiser, scheduler, batch.to(accelerator.device), options.objective)
                 loss = losses.mean() * batch.share
-                is_complete = not in_backward or math.isfinite(loss.item())
+                is_complete = not in_backward or not any_rank(accelerator, not math.isfinite(loss.item()))[0]
                 if not is_complete:
                     break
                 accelerator.backward(loss * accelerator.num_processes)

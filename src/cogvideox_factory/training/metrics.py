@@ -52,8 +52,11 @@ class MetricsLog:
 
     def write(self, **values: Any) -> None:
         if self._file:
-            self._file.write(json.dumps(values) + "\n")
-            self._file.flush()
+            try:
+                self._file.write(json.dumps(values, allow_nan=False) + "\n")
+                self._file.flush()
+            except OSError as error:  # writing alone names no file
+                raise OSError(error.errno, error.strerror or str(error), self._file.name) from error
             if self._also_to:
                 self._also_to(values)
 
