@@ -41,7 +41,7 @@ ALLOWED: dict[str, set[str]] = {
     "demo": {"config", "data"},
     "cli": {
         *("", "config", "command_line", "demo", "inspection", "prepare", "sampling", "training", "planning", "report"),
-        *("progress", "stopping"),
+        *("progress", "ranks", "stopping"),
     },
     "__main__": {"cli"},
 }

@@ -88,9 +88,9 @@ def test_nobody_leaves_before_all_have_come(on_ranks) -> None:
 @pytest.mark.parametrize("error", [Stopped("go on"), UserError("--rank: 0"), RunError("disk"), OSError(28, "no")])
 def test_what_ends_one_ends_all_in_its_way_and_is_told_once(on_ranks, error: Exception, capfd) -> None:
     results = on_ranks(working(), working(error), working())
-    assert results[1] is error and not getattr(error, "is_echo", False)
+    assert results[1] is error and not ranks.is_echo(error)
     for echo in (results[0], results[2]):
-        assert type(echo) is (RunError if isinstance(error, OSError) else type(error)) and echo.is_echo
+        assert type(echo) is (RunError if isinstance(error, OSError) else type(error)) and ranks.is_echo(echo)
     codes = []
     for result in results:
 
@@ -105,12 +105,12 @@ def test_what_ends_one_ends_all_in_its_way_and_is_told_once(on_ranks, error: Exc
 def test_a_failure_counts_more_than_a_stop_and_the_same_is_told_once(on_ranks) -> None:
     stopped, failed = on_ranks(working(Stopped("all saved")), working(UserError("no such column")))
     assert (type(stopped), type(failed)) == (UserError, UserError)
-    assert stopped.is_echo and not failed.is_echo
+    assert ranks.is_echo(stopped) and not ranks.is_echo(failed)
     first, second = on_ranks(working(Stopped("all saved")), working(Stopped("all saved")))
-    assert (type(first), type(second)) == (Stopped, Stopped) and not first.is_echo and second.is_echo
+    assert (type(first), type(second)) == (Stopped, Stopped) and not ranks.is_echo(first) and ranks.is_echo(second)
     # Different failures are both told.
     first, second = on_ranks(working(UserError("a")), working(RunError("b")))
-    assert (str(first), str(second)) == ("a", "b") and not first.is_echo and not second.is_echo
+    assert (str(first), str(second)) == ("a", "b") and not ranks.is_echo(first) and not ranks.is_echo(second)
 
 
 def test_a_signal_to_one_is_seen_by_all_though_it_waits_already(on_ranks) -> None:

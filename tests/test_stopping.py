@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -28,7 +29,7 @@ def own_handlers() -> Iterator[dict[int, object]]:
         raise SystemExit("terminated by the handler from before")
 
     before = {number: signal.getsignal(number) for number in NUMBERS}
-    handlers = {signal.SIGINT: interrupt, signal.SIGTERM: terminate, signal.SIGUSR1: terminate}
+    handlers: dict[int, Any] = {signal.SIGINT: interrupt, signal.SIGTERM: terminate, signal.SIGUSR1: terminate}
     for number, handler in handlers.items():
         signal.signal(number, handler)
     yield {**handlers}

@@ -32,6 +32,7 @@ from cogvideox_factory.config import (
     nearest,
 )
 from cogvideox_factory.progress import AboveBarHandler
+from cogvideox_factory.ranks import is_echo
 
 logger = logging.getLogger(__name__)
 REMEDIES = {
@@ -85,11 +86,6 @@ def run_guarded(command: Callable[[], Any]) -> int:
             print_error(message)
         return EXIT_FAILED
     return 0
-
-
-def is_echo(error: Exception) -> bool:
-    """Whether another process of the same run tells of it; see `ranks.together`."""
-    return getattr(error, "is_echo", False)
 
 
 def failure_message(error: Exception) -> str | None:

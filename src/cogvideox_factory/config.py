@@ -319,8 +319,8 @@ class TrainingOptions:
     allow_tf32: bool = False
     """Allow TF32 arithmetic for fp32 matrix products on Ampere and newer GPUs."""
     nccl_timeout: Annotated[int | None, tyro.conf.arg(metavar="SECONDS"), AtLeast(1)] = None
-    """How long processes wait for each other, also while one of them prepares clips or makes videos, before they give
-    up. Default: 30 days, because a launcher ends all of them when one dies."""
+    """How long processes wait for each other within a step before they give up. It does not count while one of them
+    prepares clips, makes videos or saves. Default: 1800."""
 
 
 @option_group

@@ -41,8 +41,8 @@ logger = logging.getLogger(__name__)
 
 # Raised by hand whenever the same inputs come to give other tensors, or the index another form.
 FORMAT = 4
-# Processes of one launch wait for the slowest, and a launcher ends them all when one dies: no need to give up early.
-PATIENCE = datetime.timedelta(days=30)
+# Within an operation that all processes take part in. Work that takes longer is waited for in `ranks.together`.
+PATIENCE = datetime.timedelta(minutes=30)
 WRITES_IN_FLIGHT = 2
 STOPPED = "stopped while encoding clips, all that are done are kept; start again to go on"
 

@@ -12,6 +12,7 @@ import contextlib
 import itertools
 import json
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -23,6 +24,7 @@ ENDING = "cogvideox-factory/ending"  # set by a process that has to end
 MEETING = "cogvideox-factory/meeting"
 # How often a process that waits looks whether the others have come: soon at first, then less often.
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.001, 0.25
+_echoes: weakref.WeakSet[Exception] = weakref.WeakSet()
 _next_meeting = itertools.count().__next__  # the processes meet in the same order
 
 
@@ -50,7 +52,7 @@ def together(stop: StopRequest) -> Iterator[None]:
     """What ends the block on one process ends it on all of them, and none leaves before the others have come.
 
     A failure anywhere counts more than a stop. A process that has none of its own raises one of the same exit code as
-    the first that has, with `is_echo` set: that one tells it already. With one process the block simply runs.
+    the first that has, an echo of it. With one process the block simply runs.
     """
     if num_ranks() == 1:
         yield
@@ -66,11 +68,17 @@ def together(stop: StopRequest) -> Iterator[None]:
         return
     kind, message = failures[0]
     if own is not None and (kind == Stopped.__name__ or not isinstance(own, Stopped)):
-        own.is_echo = errors.index(failures[0]) != rank() and _read(_written(own)) == failures[0]  # type: ignore
+        if errors.index(failures[0]) != rank() and _read(_written(own)) == failures[0]:
+            _echoes.add(own)
         raise own
     echo: Exception = {"Stopped": Stopped, "UserError": UserError}.get(kind, RunError)(message)
-    echo.is_echo = True  # type: ignore[attr-defined]
+    _echoes.add(echo)
     raise echo from own
+
+
+def is_echo(error: Exception) -> bool:
+    """Whether another process of the run tells of this error, which `together` has raised here too."""
+    return error in _echoes
 
 
 def any_rank(accelerator: Any, *flags: bool) -> tuple[bool, ...]:

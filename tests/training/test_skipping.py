@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from training_steps import steps_of
 
 from cogvideox_factory.config import OptimizerOptions, Train
+from cogvideox_factory.data.loader import StepBatches
 from cogvideox_factory.data.sampler import Position, Sampler, Step
 from cogvideox_factory.data.store import Entry, PreparedSet
 from cogvideox_factory.model.adapters import trainable_parameters
@@ -23,6 +24,7 @@ from cogvideox_factory.model.family import Checkpoint
 from cogvideox_factory.planning.phases import OneProcess
 from cogvideox_factory.training import loop
 from cogvideox_factory.training.checkpoint import list_checkpoints
+from cogvideox_factory.training.fp32_steps import Fp32Steps
 from cogvideox_factory.training.metrics import read_metrics
 from cogvideox_factory.training.optimizers import build_optimizer
 from cogvideox_factory.training.skipping import FILE, told
@@ -60,7 +62,7 @@ def poisoned(tmp_path: Path, prepared: PreparedSet, entries: list[Entry]) -> tup
     "flags",
     [
         ("--ema_decay", "0.9"),
-        ("--optimizer_in_backward",),
+        pytest.param(("--optimizer_in_backward",), marks=pytest.mark.slow),
         pytest.param(("--optimizer_in_backward", "--max_grad_norm", "0"), marks=pytest.mark.slow),
         pytest.param(("--trainable_dtype", "bf16"), marks=pytest.mark.slow),
     ],
@@ -161,7 +163,12 @@ def test_the_scaler_of_fp16_keeps_its_scale_and_is_ready_for_the_next_step(
         def backward(self, loss: torch.Tensor) -> None:
             self.scaler.scale(loss).backward()
 
+        overflows = False
+
         def clip_grad_norm_(self, parameters: list[torch.nn.Parameter], limit: float) -> torch.Tensor:
+            if self.overflows:
+                assert parameters[0].grad is not None
+                parameters[0].grad.fill_(math.inf)
             self.scaler.unscale_(raw)
             return torch.nn.utils.clip_grad_norm_(parameters, limit)
 
@@ -193,12 +200,51 @@ def test_the_scaler_of_fp16_keeps_its_scale_and_is_ready_for_the_next_step(
     assert all(map(torch.equal, parameters, before[0])) and accelerator.scaler.state_dict() == before[1]
     assert not step(good).is_skipped and not all(map(torch.equal, parameters, before[0]))
 
-    # Gradients that overflow at the scale that it has: it skips the step and halves the scale, by itself.
-    accelerator.scaler.update(3e38)
+    # Gradients that overflow: it skips the step and halves the scale, by itself.
+    accelerator.overflows = True
     after = [parameter.detach().clone() for parameter in parameters]
     result = step(good)
     assert not result.is_skipped and math.isfinite(result.loss) and not math.isfinite(result.grad_norm)
-    assert accelerator.scaler.get_scale() < 3e38 and all(map(torch.equal, parameters, after))
+    assert accelerator.scaler.get_scale() == 4.0 and all(map(torch.equal, parameters, after))
+
+
+@pytest.mark.parametrize("limit", [0.0, 0.5])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_an_update_within_the_backward_pass_is_withheld_before_it_begins(
+    checkpoint: Checkpoint, prepared: PreparedSet, entries: list[Entry], limit: float, accumulate: int
+) -> None:
+    options = Train(optimizer=OptimizerOptions(learning_rate=1e-2, max_grad_norm=limit))
+    transformer = loop.build_model(options, checkpoint, torch.float32, CPU)
+    parameters = list(trainable_parameters(transformer).values())
+    optimizer = build_optimizer(parameters, options.optimizer, 2, in_backward=True)
+    assert isinstance(optimizer, Fp32Steps)
+    denoiser, scheduler, accelerator = Denoiser(checkpoint, torch.float32), load_scheduler(checkpoint), OneProcess(CPU)
+    good, bad = list(steps_of(prepared, entries, 2, accumulate))
+    bad.batches[-1].raw_latents[0, 0, 0, 0, 0] = math.nan
+
+    def step(batches: StepBatches) -> loop.StepResult:
+        return loop.optimizer_step(
+            batches, accelerator, transformer, optimizer, denoiser, scheduler, parameters, options
+        )
+
+    def held() -> list[torch.Tensor]:
+        states = [value for state in optimizer.state.values() for value in state.values()]
+        return [tensor.detach().clone() for tensor in (*parameters, *states, torch.tensor(optimizer._num_steps))]
+
+    assert not step(good).is_skipped
+    before = held()
+    result = step(bad)
+    assert result.is_skipped and not math.isfinite(result.loss) and len(result.clip_losses) == accumulate
+    assert all(map(torch.equal, held(), before))
+    assert all(parameter.grad is None for parameter in parameters) and not optimizer._host_gradients
+    if limit:  # the loss is a number, the gradient is not: seen in the first of the two passes, or before the step
+        last = trainable_parameters(transformer)[max(trainable_parameters(transformer))]
+        hook = last.register_hook(lambda gradient: gradient * math.inf)
+        result = step(good)
+        hook.remove()
+        assert result.is_skipped and math.isfinite(result.loss) and not math.isfinite(result.grad_norm)
+        assert all(map(torch.equal, held(), before))
+    assert not step(good).is_skipped and not all(map(torch.equal, held(), before))
 
 
 def test_many_clips_are_told_in_part() -> None:
