@@ -48,7 +48,8 @@ class MetricsLog:
 
     def __exit__(self, *error: object) -> None:
         if self._file:
-            self._file.close()
+            with contextlib.suppress(OSError):  # it writes once more what could not be written
+                self._file.close()
 
     def write(self, **values: Any) -> None:
         if self._file:
