@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
@@ -32,6 +33,7 @@ from cogvideox_factory.config import (
     write_config,
 )
 from cogvideox_factory.data.buckets import Bucket
+from cogvideox_factory.data.manifest import seal
 from cogvideox_factory.demo.tiny_model import build_tiny_pipeline
 from cogvideox_factory.memory.block_swap import BlockSwap, swap_of
 from cogvideox_factory.memory.rotation import RotationInParts
@@ -108,6 +110,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, checkpoint: Checkpoint) ->
     save_lora(with_lora(checkpoint, 1), run)
     for step in (2, 10):
         save_lora(with_lora(checkpoint, step), run / "checkpoints" / f"step-{step:08}")
+        seal(run / "checkpoints" / f"step-{step:08}")
     return run
 
 
@@ -472,6 +475,21 @@ def test_mistake_is_told_before_a_model_is_downloaded(
 def test_missing_step_is_refused_with_those_that_are_there(cli: Cli, trained: Path, tmp_path: Path) -> None:
     flags = ("--run", trained, "--prompt", PROMPT, "--output", tmp_path / "video.mp4")
     assert "--step 3: the run has no such checkpoint; it has 2, 10\n" in refusal(cli, *flags, "--step", "3")
+
+
+@pytest.mark.usefixtures("nothing_loads")
+def test_a_damaged_checkpoint_is_never_shown(cli: Cli, trained: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(trained, tmp_path / "run")
+    folder = run / "checkpoints/step-00000002"
+    file = folder / LORA_FILE
+    content = file.read_bytes()
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    output = ("--prompt", "a", "--output", tmp_path / "frames")
+    for flags in (("--run", run, "--step", "2"), ("--pretrained_model_name_or_path", "any", "--lora", folder)):
+        message = refusal(cli, *flags, *output)
+        assert f"{folder} is damaged: {LORA_FILE} is not what was written" in message
+    (folder / "manifest.json").unlink()
+    assert "manifest.json is missing" in refusal(cli, "--run", run, "--step", "2", *output)
 
 
 @pytest.mark.usefixtures("nothing_loads")

@@ -10,6 +10,7 @@ A clip becomes latents once; a batch of latents becomes a loss. The map, in the 
     data/excerpts.py    what of a clip training sees
     data/decoding.py    decode ahead, in processes of their own
     data/files.py       files that are complete or absent
+    data/manifest.py    a folder's files with their hashes, by which damage is found
     data/store.py       the prepared set on disk
     data/split.py       which clips are held out of the training
     data/sampler.py     the order in which clips are drawn

@@ -651,6 +651,13 @@ class Plan(Train):
     published models the name is enough; nothing is downloaded.
     """
 
+    num_processes: Annotated[int, AtLeast(1)] = 1
+    """Processes that share the training, each with a GPU; the figures are those of one of them."""
+    num_machines: Annotated[int, AtLeast(1)] = 1
+    """Machines that the processes are spread over; those of one machine share its memory."""
+    engine: Literal["ddp", "zero2", "zero3"] = "ddp"
+    """What they divide. ddp: nothing but the clips. zero2 (DeepSpeed): also gradients, optimizer states and fp32
+    weights. zero3: also the weights, all of it offloaded to the machine as accelerate_configs/ has it."""
     json: bool = False
     """Print one JSON object on standard output, for programs."""
 

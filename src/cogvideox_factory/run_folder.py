@@ -7,6 +7,8 @@ import re
 import shutil
 from pathlib import Path
 
+from cogvideox_factory.data.manifest import MANIFEST
+
 STEP_FOLDER = re.compile(r"step-\d{8}")
 
 
@@ -23,8 +25,8 @@ def step_of(folder: Path) -> int:
 
 
 def list_checkpoints(run: Path) -> list[Path]:
-    """Complete checkpoints of a run, oldest first."""
-    return [path for path in step_folders(run / "checkpoints") if (path / "state.json").is_file()]
+    """Complete checkpoints of a run, oldest first; whether one was damaged since is not looked at."""
+    return [path for path in step_folders(run / "checkpoints") if (path / MANIFEST).is_file()]
 
 
 def set_aside_after(folder: Path, step: int) -> None:
@@ -34,9 +36,15 @@ def set_aside_after(folder: Path, step: int) -> None:
     """
     for left in step_folders(folder):
         if step_of(left) > step:
-            kept_as = left.with_name(f"left-{left.name}")
-            shutil.rmtree(kept_as, ignore_errors=True)
-            os.replace(left, kept_as)
+            set_aside(left, "left")
+
+
+def set_aside(folder: Path, why: str) -> Path:
+    """Rename a step's folder to why-step-N, in the place of an earlier one of that name, and give that name."""
+    kept_as = folder.with_name(f"{why}-{folder.name}")
+    shutil.rmtree(kept_as, ignore_errors=True)
+    os.replace(folder, kept_as)
+    return kept_as
 
 
 def step_folders(folder: Path) -> list[Path]:

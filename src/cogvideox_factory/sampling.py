@@ -30,6 +30,7 @@ from cogvideox_factory.config import (
 )
 from cogvideox_factory.data.files import make_output_folder, write_durably
 from cogvideox_factory.data.images import fit_image, read_image
+from cogvideox_factory.data.manifest import MANIFEST, damage_of, read_manifest
 from cogvideox_factory.data.video import write_video
 from cogvideox_factory.memory.block_swap import swap_blocks
 from cogvideox_factory.memory.feed_forward import chunk_feed_forward
@@ -38,6 +39,9 @@ from cogvideox_factory.memory.set_aside import set_model_aside
 from cogvideox_factory.memory.text_encoder import place_text_encoder
 from cogvideox_factory.model import denoiser, encoders
 from cogvideox_factory.model.adapters import (
+    AVERAGE_FILE,
+    LORA_FILE,
+    TRAINED_FILE,
     find_export,
     find_lora,
     has_trained_weights,
@@ -368,6 +372,8 @@ def _trained_weights(options: Sample) -> Path | None:
     if options.run is None:
         if options.step is not None:
             raise UserError(f"--step {options.step}: is a step of a run; give --run too")
+        if options.lora is not None and (options.lora / MANIFEST).is_file():
+            _check_whole(options.lora, f"--lora {options.lora}")
         return options.lora
     if options.lora is not None:
         raise UserError("--run and --lora: give one of them")
@@ -384,4 +390,21 @@ def _trained_weights(options: Sample) -> Path | None:
         return options.run
     if options.step not in steps:
         raise UserError(f"--step {options.step}: the run has no such checkpoint; {present}")
-    return checkpoint_folder(options.run, options.step)
+    folder = checkpoint_folder(options.run, options.step)
+    _check_whole(folder, f"--step {options.step}")
+    return folder
+
+
+def _check_whole(checkpoint: Path, flag: str) -> None:
+    """Raises UserError where the weights that are shown of a checkpoint are not those that were written.
+
+    A number of theirs that has changed would show in the video at the most.
+    """
+    try:
+        files = read_manifest(checkpoint)
+        shown = next((name for name in (LORA_FILE, AVERAGE_FILE, TRAINED_FILE) if name in files), TRAINED_FILE)
+        damage = damage_of(checkpoint, [shown])
+    except (OSError, ValueError) as error:
+        damage = f"{MANIFEST} is missing" if isinstance(error, FileNotFoundError) else str(error)
+    if damage:
+        raise UserError(f"{flag}: {checkpoint} is damaged: {damage}; take another step")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,18 +16,17 @@ from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel
 from safetensors.torch import load_file
 
 from cogvideox_factory.config import LoraOptions, OptimizerOptions, UserError
-from cogvideox_factory.data.sampler import Layout, Position
+from cogvideox_factory.data.buckets import Bucket
+from cogvideox_factory.data.manifest import damage_of
+from cogvideox_factory.data.sampler import Layout, Position, Sampler
 from cogvideox_factory.model.adapters import attach_lora, trainable_parameters
-from cogvideox_factory.training import checkpoint
-from cogvideox_factory.training.checkpoint import (
-    TrainState,
-    find_checkpoint,
-    list_checkpoints,
-    load_checkpoint,
-    save_checkpoint,
-)
+from cogvideox_factory.run_folder import list_checkpoints
+from cogvideox_factory.training import checkpoint, checkpoint_folders
+from cogvideox_factory.training.checkpoint import Snapshot, TrainState, load_checkpoint, read_state
+from cogvideox_factory.training.checkpoint_folders import find_checkpoint, new_checkpoint
 from cogvideox_factory.training.fp32_steps import held_weights
 from cogvideox_factory.training.optimizers import OPTIMIZERS, build_optimizer
+from cogvideox_factory.training.resuming import resumed_position
 from cogvideox_factory.training.tensor_tree import flatten
 
 
@@ -43,6 +45,10 @@ def build(seed: int = 0, **lora: Any):
         weight_decay=0.1,
     )
     return transformer, optimizer
+
+
+def save_checkpoint(run: Path, state: TrainState, transformer, optimizer, keep: int | None) -> Path:
+    return Snapshot.take(state, transformer, optimizer).write(run, keep)
 
 
 def steps(transformer, optimizer, numbers: range) -> None:
@@ -197,6 +203,29 @@ def test_what_is_loaded_goes_on_as_if_never_saved(tmp_path: Path) -> None:
         assert_equal(other_optimizer.state_dict(), optimizer.state_dict())
 
 
+def test_the_number_of_processes_may_change_between_runs(tmp_path: Path) -> None:
+    """One process, then two, then one: every clip once an epoch, in which each run ends and is read from disk."""
+    buckets = [Bucket(17, 64, 96)] * 11 + [Bucket(9, 64, 96)] * 6
+    transformer, optimizer = save_steps(tmp_path)
+    state = TrainState(layout=Layout(1), order={"seed": 3})
+    drawn: list[int] = []
+    for num_ranks in (1, 2, 1):
+        sampler = Sampler(buckets, 1, num_ranks=num_ranks, num_micro_batches=2, seed=3)
+        fresh = TrainState(layout=sampler.layout, order=state.order)
+        position = resumed_position(state, fresh, sampler)
+        for at, step in itertools.islice(sampler.from_position(position), 1 if num_ranks == 2 else 2):
+            assert all(len(micro_batch) == num_ranks for micro_batch in step)
+            drawn += [index for micro_batch in step for share in micro_batch for index in share]
+            position = sampler.after(at)
+        fresh.step, fresh.position = state.step + 1, position
+        state = read_state(save_checkpoint(tmp_path, fresh, transformer, optimizer, None))
+        assert state == fresh
+    assert len(set(drawn)) == len(drawn) == 4 + 4 + 4
+    rest = sampler.epoch(state.position.epoch, state.position.earlier)[state.position.step :]
+    drawn += [index for step in rest for micro_batch in step for share in micro_batch for index in share]
+    assert state.position.epoch == 0 and sorted(drawn) == list(range(17))
+
+
 def test_saving_changes_nothing_in_memory(tmp_path: Path) -> None:
     saved, never_saved = build(), build()
     for number in range(4):
@@ -235,7 +264,8 @@ def test_nothing_on_disk_is_a_pickle(tmp_path: Path) -> None:
     save_steps(tmp_path, 1)
     files = {path.relative_to(tmp_path).as_posix(): path for path in tmp_path.rglob("*") if path.is_file()}
     folder = "checkpoints/step-00000001"
-    expected = ("optimizer.safetensors", "pytorch_lora_weights.safetensors", "state.json", "trainable.safetensors")
+    tensors = ("optimizer.safetensors", "pytorch_lora_weights.safetensors", "trainable.safetensors")
+    expected = sorted(("manifest.json", "state.json", *tensors))
     assert sorted(files) == [f"{folder}/{name}" for name in expected]
     for name, path in files.items():
         if path.suffix == ".safetensors":
@@ -273,20 +303,21 @@ def test_the_oldest_beyond_the_limit_are_removed(tmp_path: Path, keep: int | Non
 def test_the_oldest_is_there_until_the_new_one_is_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     transformer, optimizer = save_steps(tmp_path, 1, 2, keep=2)
     seen = []
+    replace = os.replace
 
-    def look_then_remove(path: Path, *arguments: Any, **options: Any) -> None:
-        if Path(path).exists():
+    def look_then_rename(path: Path, new: Path) -> None:
+        if Path(path).name == "step-00000001":
             seen.append(names(tmp_path))
-        remove(path, *arguments, **options)
+            assert damage_of(tmp_path / "checkpoints/step-00000003") is None
+        replace(path, new)
 
-    remove = shutil.rmtree
-    monkeypatch.setattr(checkpoint.shutil, "rmtree", look_then_remove)
+    monkeypatch.setattr(checkpoint_folders.os, "replace", look_then_rename)
     save_checkpoint(tmp_path, TrainState(step=3), transformer, optimizer, keep=2)
-    assert seen[-1] == ["step-00000001", "step-00000002", "step-00000003"]
+    assert seen == [["step-00000001", "step-00000002", "step-00000003"]]
     assert names(tmp_path) == ["step-00000002", "step-00000003"]
 
 
-@pytest.mark.parametrize("failing", ["write_durably", "save_file", "save_lora"])
+@pytest.mark.parametrize("failing", ["write_durably", "write_tensors", "write_lora"])
 def test_a_full_disk_leaves_older_checkpoints_as_they_were(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
 ) -> None:
@@ -314,7 +345,7 @@ def test_what_a_killed_run_left_half_written_is_no_checkpoint(tmp_path: Path) ->
     transformer, optimizer = save_steps(tmp_path, 1)
     whole = tmp_path / "checkpoints/step-00000001"
     shutil.copytree(whole, tmp_path / "checkpoints/.step-00000002.part")
-    shutil.copytree(whole, tmp_path / "checkpoints/step-00000003", ignore=lambda *_: {"state.json"})
+    shutil.copytree(whole, tmp_path / "checkpoints/step-00000003", ignore=lambda *_: {"manifest.json"})
     assert names(tmp_path) == ["step-00000001"] and find_checkpoint(tmp_path, "latest") == whole
     steps(transformer, optimizer, range(1, 2))
     folder = save_checkpoint(tmp_path, TrainState(step=2), transformer, optimizer, None)
@@ -362,6 +393,119 @@ def test_a_checkpoint_that_is_not_there_is_refused_with_those_that_are(tmp_path:
     save_steps(tmp_path, 1, 2)
     with pytest.raises(UserError, match=r"step-00000007: no such checkpoint.* step-00000001, step-00000002 .*latest"):
         find_checkpoint(tmp_path, "step-00000007")
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [flip, Path.unlink])
+@pytest.mark.parametrize("name", ["optimizer.safetensors", "manifest.json"])
+def test_latest_is_the_newest_that_is_whole_and_the_damaged_one_is_kept(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, damage, name: str
+) -> None:
+    transformer, optimizer = save_steps(tmp_path, 1, 2, 3, 4)
+    first, second, third, fourth = list_checkpoints(tmp_path)
+    flip(first / "state.json")  # older than what is taken: nobody looks
+    damage(third / name)
+    flip(fourth / "trainable.safetensors")
+    with caplog.at_level("WARNING"):
+        assert find_checkpoint(tmp_path, "latest") == second
+    assert f"{fourth} is damaged: trainable.safetensors" in caplog.text
+    assert f"{third} is damaged: {name}" in caplog.text and f"going on from {second.name}" in caplog.text
+    kept = ["damaged-step-00000003", "damaged-step-00000004", "step-00000001", "step-00000002"]
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == kept
+    assert (tmp_path / "checkpoints/damaged-step-00000004/trainable.safetensors").exists()
+    caplog.clear()
+    save_checkpoint(tmp_path, TrainState(step=5), transformer, optimizer, keep=2)
+    assert names(tmp_path) == ["step-00000002", "step-00000005"] and not caplog.text
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_is_refused_and_nothing_is_renamed(tmp_path: Path) -> None:
+    """To begin again would be to lose the run's work without a word."""
+    save_steps(tmp_path, 1, 2)
+    for folder in list_checkpoints(tmp_path):
+        flip(folder / "state.json")
+    with pytest.raises(UserError, match=r"every checkpoint .*step-00000002: state.json .* step-00000001: state"):
+        find_checkpoint(tmp_path, "latest")
+    assert names(tmp_path) == ["step-00000001", "step-00000002"]
+
+
+def test_a_damaged_checkpoint_that_is_asked_for_by_name_is_refused_naming_the_file(tmp_path: Path) -> None:
+    save_steps(tmp_path, 1, 2)
+    first, second = list_checkpoints(tmp_path)
+    flip(second / "optimizer.safetensors")
+    for choice in (second.name, str(second)):
+        with pytest.raises(UserError, match=r"step-00000002 is damaged: optimizer.safetensors .*`latest`"):
+            find_checkpoint(tmp_path, choice)
+    (first / "manifest.json").unlink()
+    with pytest.raises(UserError, match=r"step-00000001 is damaged: manifest.json is missing"):
+        find_checkpoint(tmp_path, first.name)
+    assert first.is_dir() and second.is_dir()
+
+
+def test_a_checkpoint_that_may_not_be_read_is_no_damaged_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_steps(tmp_path, 1, 2)
+
+    def forbidden(path: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(path / "state.json"))
+
+    monkeypatch.setattr(checkpoint_folders, "damage_of", forbidden)
+    with pytest.raises(UserError, match=r"step-00000002 may not be read.*state.json"):
+        find_checkpoint(tmp_path, "latest")
+    assert names(tmp_path) == ["step-00000001", "step-00000002"]
+
+
+def test_one_that_was_cut_short_does_not_count_to_the_limit_and_is_not_removed(tmp_path: Path) -> None:
+    """The last good one stays, however many newer ones are seen at a glance to be none."""
+    transformer, optimizer = save_steps(tmp_path, 1, 2, 3)
+    for folder in list_checkpoints(tmp_path)[1:]:
+        cut(folder / "optimizer.safetensors")
+    save_checkpoint(tmp_path, TrainState(step=4), transformer, optimizer, keep=2)
+    assert names(tmp_path) == [f"step-{number:08}" for number in (1, 2, 3, 4)]
+    save_checkpoint(tmp_path, TrainState(step=5), transformer, optimizer, keep=2)
+    assert names(tmp_path) == [f"step-{number:08}" for number in (2, 3, 4, 5)]
+
+
+def test_other_engines_write_what_they_like_into_a_new_checkpoint(tmp_path: Path) -> None:
+    with new_checkpoint(tmp_path, 7, keep=1) as part:
+        (part / "engine/states").mkdir(parents=True)
+        (part / "engine/states/rank-0.pt").write_bytes(b"0" * 100)
+        assert list_checkpoints(tmp_path) == []
+    (folder,) = list_checkpoints(tmp_path)
+    assert damage_of(folder) is None
+    flip(folder / "engine/states/rank-0.pt")
+    assert "engine/states/rank-0.pt" in str(damage_of(folder))
+
+
+def test_what_is_replaced_is_there_until_the_new_one_is_complete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed at any rename, the run has the old checkpoint of this step, the new one, or the one before."""
+    transformer, optimizer = save_steps(tmp_path, 1, 2)
+
+    class Killed(BaseException):
+        pass
+
+    replace = os.replace
+    for allowed in range(4):
+        count = 0
+
+        def rename_or_die(path: Path, new: Path) -> None:
+            nonlocal count
+            if Path(path).parent.name == "checkpoints":
+                count += 1
+                if count > allowed:  # noqa: B023
+                    raise Killed
+            replace(path, new)
+
+        with monkeypatch.context() as patch, contextlib.suppress(Killed):
+            patch.setattr(checkpoint_folders.os, "replace", rename_or_die)
+            save_checkpoint(tmp_path, TrainState(step=2), transformer, optimizer, keep=2)
+        assert "step-00000001" in names(tmp_path)
+        assert all(damage_of(folder) is None for folder in list_checkpoints(tmp_path))
 
 
 def cut(path: Path) -> None:

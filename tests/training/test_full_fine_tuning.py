@@ -104,7 +104,12 @@ def test_full_fine_tuning_equals_a_plain_loop_and_exports_a_pipeline_for_stock_d
     assert changed and all(modules in name for name in changed)
     folder = run / "checkpoints/step-00000004"
     assert {path.name for path in folder.iterdir()} == {
-        *("trainable.safetensors", "optimizer.safetensors", "state.json")  # the weights once, and no LoRA
+        *(
+            "trainable.safetensors",
+            "optimizer.safetensors",
+            "state.json",
+            "manifest.json",
+        )  # the weights once, and no LoRA
     }
     assert load_file(folder / "trainable.safetensors").keys() == {name for name in base if modules in name}
     assert not (run / LORA).exists()

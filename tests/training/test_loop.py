@@ -30,8 +30,8 @@ from cogvideox_factory.data.store import Entry, PreparedSet
 from cogvideox_factory.model.encoders import TextEncoder, VideoEncoder
 from cogvideox_factory.model.family import Checkpoint
 from cogvideox_factory.prepare import PATIENCE
+from cogvideox_factory.run_folder import list_checkpoints
 from cogvideox_factory.training import loop
-from cogvideox_factory.training.checkpoint import list_checkpoints
 from cogvideox_factory.training.metrics import MetricsLog, read_metrics
 
 Cli = Callable[..., tuple[int, str, str]]
@@ -396,11 +396,13 @@ def test_a_set_prepared_with_another_vae_is_refused(
     assert code == 2 and "another vae" in messages and "Traceback" not in messages
 
 
-def test_a_checkpoint_of_another_rank_is_refused_naming_the_difference(train, tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_adapter_is_refused_naming_every_difference(train, tmp_path: Path) -> None:
     assert train(tmp_path / "run", "--max_train_steps", "1")[0] == 0
-    flags = ("--max_train_steps", "2", "--resume_from_checkpoint", "latest", "--rank", "8")
-    code, messages = train(tmp_path / "run", *flags)
-    assert code == 2 and "--rank" in messages and "Traceback" not in messages
+    flags = ("--max_train_steps", "2", "--resume_from_checkpoint", "latest", "--rank", "8", "--lora_alpha", "16")
+    code, messages = train(tmp_path / "run", *flags, "--target_modules", "to_q")
+    assert code == 2 and "Traceback" not in messages
+    assert "another --rank: 4 there, 8 here; another --lora_alpha: 8.0 there, 16.0 here" in messages
+    assert "another --target_modules: to_k to_out.0 to_q to_v there, to_q here" in messages
 
 
 def test_accumulated_micro_batches_give_the_loss_of_one_batch(train, tmp_path: Path) -> None:
@@ -449,7 +451,8 @@ def test_a_checkpoint_of_another_base_model_is_refused(cli: Cli, train, tiny_mod
     save_file({name: value * 1.5 for name, value in load_file(weights).items()}, weights, metadata={"format": "pt"})
     flags = ("--max_train_steps", "2", "--resume_from_checkpoint", "latest", "--pretrained_model_name_or_path", other)
     code, messages = train(tmp_path / "run", *flags)
-    assert code == 2 and "another base model" in messages
+    named = f"another base model (--pretrained_model_name_or_path): {tiny_model} there, {other} here"
+    assert code == 2 and named in messages
 
 
 def test_a_learning_rate_changed_on_resume_takes_effect_and_is_told(train, tmp_path: Path) -> None:

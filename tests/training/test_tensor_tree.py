@@ -16,7 +16,7 @@ from cogvideox_factory.training.tensor_tree import flatten, unflatten
 def through_files(tree: Any, folder: Path) -> Any:
     """The tree as it comes back from disk."""
     tensors, rest = flatten(tree, "state")
-    save_file(tensors, folder / "tensors.safetensors")
+    save_file({name: value.contiguous() for name, value in tensors.items()}, folder / "tensors.safetensors")
     return unflatten(load_file(folder / "tensors.safetensors"), json.loads(json.dumps(rest)))
 
 

@@ -215,6 +215,7 @@ def load_steps(
         pin_memory=pin_memory,
         collate_fn=_as_it_is,
         worker_init_fn=_ignore_signals,
+        generator=torch.Generator(),  # for the workers' seeds, which nothing needs: torch's own generator is left alone
     )
     handler = signal.getsignal(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else None
     steps = iter(loader)

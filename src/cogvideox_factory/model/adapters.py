@@ -18,7 +18,7 @@ import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -199,9 +199,20 @@ def trainable_parameters(transformer) -> dict[str, torch.nn.Parameter]:
     return {name: value for name, value in transformer.named_parameters() if value.requires_grad}
 
 
+class LoraContent(NamedTuple):
+    """A LoRA as diffusers reads it: weights by name, fp32, with its scale in them, and the file's metadata."""
+
+    weights: Mapping[str, torch.Tensor]
+    metadata: Mapping[str, str]
+
+
 def save_lora(transformer, folder: Path, base: Checkpoint | None = None) -> Path:
-    """Write the LoRA as diffusers reads it, with its scale in its weights; the file is complete or absent."""
-    from diffusers import CogVideoXPipeline
+    """Write the LoRA as diffusers reads it; the file is complete or absent."""
+    return write_lora(lora_content(transformer, base), folder)
+
+
+def lora_content(transformer, base: Checkpoint | None = None) -> LoraContent:
+    """The LoRA as others load it. Weights may be those that are trained, not copies of them."""
     from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
     from peft.utils import get_peft_model_state_dict
 
@@ -218,14 +229,20 @@ def save_lora(transformer, folder: Path, base: Checkpoint | None = None) -> Path
         "cogvideox_factory_version": __version__,
         **({"base_model": base.name if not base.is_local else base.folder.name} if base else {}),
     }
+    return LoraContent(weights, metadata)
+
+
+def write_lora(lora: LoraContent, folder: Path) -> Path:
+    """Write a LoRA's file, complete or absent."""
+    from diffusers import CogVideoXPipeline
 
     def save(tensors: Mapping[str, torch.Tensor], path: str) -> None:
-        save_file(dict(tensors), path, metadata=metadata)
+        save_file(dict(tensors), path, metadata=dict(lora.metadata))
 
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".lora-") as part:
         CogVideoXPipeline.save_lora_weights(
-            part, transformer_lora_layers=weights, weight_name=LORA_FILE, save_function=save
+            part, transformer_lora_layers=dict(lora.weights), weight_name=LORA_FILE, save_function=save
         )
         with (Path(part) / LORA_FILE).open("rb+") as file:
             os.fsync(file.fileno())

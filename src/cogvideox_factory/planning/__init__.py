@@ -96,7 +96,7 @@ def resolve(options: Plan, checkpoint: Checkpoint) -> Plan:
     resolved = resolve_options(given, checkpoint, is_gpu=True)
     has_scaler = training_dtype(resolved, checkpoint) == torch.float16
     check_optimizer_options(resolved.optimizer, has_scaler=has_scaler)
-    check_memory(resolved, num_processes=1, has_scaler=has_scaler)
+    check_memory(resolved, options.num_processes, has_scaler=has_scaler)
     sampling = resolve_sampling(
         options.sampling, largest_bucket(resolved), checkpoint.size_divisor, checkpoint.temporal_factor
     )

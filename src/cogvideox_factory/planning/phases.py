@@ -29,6 +29,7 @@ from cogvideox_factory.model.family import Checkpoint
 from cogvideox_factory.planning import low_bit
 from cogvideox_factory.planning.depth import Stages, mark_stages
 from cogvideox_factory.planning.fakes import GPU, HOST, FakeTracker, as_on_cuda, build
+from cogvideox_factory.planning.ranks import Weights
 from cogvideox_factory.planning.repeats import Calls, remember_blocks, remember_calls
 from cogvideox_factory.sampling import pipeline_in_memory, place
 from cogvideox_factory.training.ema import averaged, build_average
@@ -135,7 +136,7 @@ def trace_held(options: Plan, checkpoint: Checkpoint) -> Phase:
             transformer = build_model(
                 options, checkpoint, training_dtype(options, checkpoint), GPU, load=load_transformer
             )
-        begin_training(options, checkpoint, transformer, tracker)
+        _training = begin_training(options, checkpoint, transformer, tracker)  # named, as it would be gone else
         tracker.start_phase()
         return Phase.of("held", tracker)
 
@@ -171,6 +172,22 @@ def trace_validation(options: Plan, checkpoint: Checkpoint, decodings: Calls | N
             make_video(pipeline, options, checkpoint, tracker, prompt_embeds=embeds, negative_prompt_embeds=embeds)
             pipeline.vae = None
         return Phase.of("validation", tracker)
+
+
+def count_weights(options: Plan, checkpoint: Checkpoint) -> Weights:
+    """The transformer's, with what is trained attached."""
+    transformer = load_transformer(checkpoint, training_dtype(options, checkpoint))
+    keeps_bf16 = options.optimizer.trainable_dtype == "bf16"
+    attach(transformer, options.method, options.lora, options.seed, keeps_bf16=keeps_bf16)
+    trained = trainable_parameters(transformer).values()
+    count = sum(parameter.numel() for parameter in trained)
+    return Weights(
+        count=sum(parameter.numel() for parameter in transformer.parameters()),
+        trained=count,
+        trained_bytes=sum(parameter.nbytes for parameter in trained),
+        part="adapter" if is_lora(transformer) else "weights",
+        average=0 if options.method.ema_decay is None else 4 * count,
+    )
 
 
 @dataclass(frozen=True)

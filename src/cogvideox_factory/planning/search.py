@@ -262,6 +262,7 @@ def _groups(options: Plan, *, has_scaler: bool) -> Groups:
         for strategy in STRATEGIES
         if strategy.levers
         and not strategy.is_on(options.memory)
+        and not (strategy.needs_one_process and options.num_processes > 1)
         and (is_lora or not strategy.needs_lora)
         and not (strategy.steps_in_backward and (is_lora or optimizer.optimizer == "prodigy"))
     ]

@@ -24,8 +24,18 @@ def budget_of(options: Plan) -> Budget:
     gpu, host = options.budget.gpu_memory, options.budget.host_memory
     return Budget(
         math.inf if gpu is None else (gpu - CONTEXT_GIB) * GIB,
-        math.inf if host is None else (host - PROGRAM_GIB) * GIB,
+        math.inf if host is None else (host / sharing_a_machine(options) - PROGRAM_GIB) * GIB,
     )
+
+
+def sharing_a_machine(options: Plan) -> int:
+    """Processes that share the memory of one machine."""
+    return math.ceil(options.num_processes / options.num_machines)
+
+
+def of_machine(options: Plan, host: int) -> float:
+    """GiB that a machine needs for its processes, of which each has so many bytes of tensors there."""
+    return (host / GIB + PROGRAM_GIB) * sharing_a_machine(options)
 
 
 def flags_of(values: Mapping[str, Any]) -> str:
@@ -60,8 +70,8 @@ def nothing_fits(found: Found) -> str:
     return (
         f"--gpu_memory {budget.gpu_memory:g}{of_host}: nothing that is known fits. The most sparing settings "
         f"({flags_of(found.values) or 'those given'}) need a GPU of {highest / GIB + CONTEXT_GIB:.2f} GiB and "
-        f"{host / GIB + PROGRAM_GIB:.2f} GiB of host memory (planned: {phases} GiB, and {CONTEXT_GIB} for the CUDA "
-        "context). Take smaller or fewer frames (--height_buckets, --width_buckets, --frame_buckets), a smaller "
+        f"{of_machine(found.options, host):.2f} GiB of host memory (planned: {phases} GiB, and {CONTEXT_GIB} for the "
+        "CUDA context). Take smaller or fewer frames (--height_buckets, --width_buckets, --frame_buckets), a smaller "
         "--train_batch_size"
         + (", --training_type lora" if found.options.method.training_type == "sft" else "")
         + ", or a larger GPU"
@@ -73,8 +83,8 @@ def does_not_fit(options: Plan, phases: Sequence[Phase], found: Found) -> str:
     gpu, host = options.budget.gpu_memory, options.budget.host_memory
     assert gpu is not None and host is not None
     needs = ", ".join(
-        f"{phase.name} {phase.peak / GIB + CONTEXT_GIB:.2f} GiB of the GPU and {phase.host / GIB + PROGRAM_GIB:.2f} of "
-        "the machine"
+        f"{phase.name} {phase.peak / GIB + CONTEXT_GIB:.2f} GiB of the GPU and {of_machine(options, phase.host):.2f} "
+        "of the machine"
         for phase in phases
     )
     asked = f"these settings do not fit into {gpu:.2f} GiB of the GPU (--gpu_memory) and {host:.2f} GiB of the machine "
@@ -113,6 +123,7 @@ def as_text(options: Plan, checkpoint: Checkpoint, phases: Sequence[Phase]) -> s
         f"{checkpoint.name}, {describe_method(options.method, options.lora)}, batch "
         f"{options.training.train_batch_size} of {largest_bucket(options)}, "
         f"{str(training_dtype(options, checkpoint)).removeprefix('torch.')}",
+        *_as_ranks(options),
         "Planned by tracing on fake tensors, not measured; GiB at the highest moment of each phase:",
         "",
         f"{'phase':<12}" + "".join(f"{column:>13}" for column in columns),
@@ -127,7 +138,7 @@ def as_text(options: Plan, checkpoint: Checkpoint, phases: Sequence[Phase]) -> s
         f"planned peak {highest.peak / GIB:.2f} GiB, in {highest.name}; with {CONTEXT_GIB} GiB allowed for the CUDA "
         f"context {need:.2f} GiB",
     ]
-    needs = {"gpu_memory": need, "host_memory": max(phase.host for phase in phases) / GIB + PROGRAM_GIB}
+    needs = {"gpu_memory": need, "host_memory": of_machine(options, max(phase.host for phase in phases))}
     for name, needed in needs.items():
         given = getattr(options.budget, name)
         if given is not None:
@@ -135,3 +146,13 @@ def as_text(options: Plan, checkpoint: Checkpoint, phases: Sequence[Phase]) -> s
             verdict = f"fits, with {left:.2f} GiB to spare" if left >= 0 else f"does not fit, by {-left:.2f} GiB"
             lines.append(f"--{name} {given:g}: {verdict}")
     return "\n".join(lines)
+
+
+def _as_ranks(options: Plan) -> list[str]:
+    if options.num_processes == 1:
+        return []
+    machines = f"{options.num_machines} machines" if options.num_machines > 1 else "one machine"
+    return [
+        f"One of {options.num_processes} processes on {machines}, by {options.engine} (what that changes is computed, "
+        "not traced); one process alone makes the videos",
+    ]

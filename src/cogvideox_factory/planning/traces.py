@@ -16,6 +16,7 @@ from cogvideox_factory.planning.depth import Stages, along_line, at_full_depth
 from cogvideox_factory.planning.fakes import fake_world
 from cogvideox_factory.planning.phases import (
     Phase,
+    count_weights,
     trace_encoding,
     trace_first_frame,
     trace_held,
@@ -25,6 +26,7 @@ from cogvideox_factory.planning.phases import (
     trace_validation,
     training_dtype,
 )
+from cogvideox_factory.planning.ranks import Weights, of_a_rank
 from cogvideox_factory.planning.repeats import Calls
 
 NAMES = ("preparing", "training", "validation", "testing")
@@ -32,6 +34,7 @@ NAMES = ("preparing", "training", "validation", "testing")
 _OF_VIDEOS = {"enable_tiling", "enable_model_cpu_offload"}
 _OF_ENCODING = {"use_tiling", "offload_text_encoder"}
 _OF_BUDGET = {"fit", "gpu_memory", "host_memory", "json"}
+_OF_RANKS = {"num_processes", "num_machines", "engine"}
 _OF_PASSES = {
     *("gradient_checkpointing", "offload_activations", "split_checkpoints"),
     *("optimizer_in_backward", "offload_gradients"),
@@ -49,6 +52,7 @@ class Traces:
         self._checkpoint = checkpoint
         self._decodings: Calls = {}
         self._kept: dict[tuple[Any, ...], Stages] = {}
+        self._counted: dict[tuple[Any, ...], Weights] = {}
 
     @property
     def num_blocks(self) -> int:
@@ -71,15 +75,25 @@ class Traces:
             kept = {"text": text, "clip": clip}
             if self._checkpoint.is_image_to_video:
                 kept["picture"] = self._traced("picture", options, without, self._picture)
-            stages = {(part, key): value for part, traced in kept.items() for key, value in traced.items()}
-            return Phase(name, stages)
+            return Phase(name, {(part, key): value for part, traced in kept.items() for key, value in traced.items()})
         trace, without = {
             "training": (self._training, {*_OF_VIDEOS, *_OF_ENCODING}),
             "held": (self._held, {*_OF_VIDEOS, *_OF_ENCODING, *_OF_PASSES, "feed_forward_chunks"}),
             "validation": (self._validation, {*_OF_ENCODING, *_OF_PASSES}),
             "testing": (self._testing, {*_OF_STEPS, "use_tiling"}),
         }[name]
-        return Phase(name, self._with_residents(name, options, without, trace))
+        stages = self._with_residents(name, options, without, trace)
+        if options.num_processes > 1 and name != "testing":  # by then the training and its engine have gone
+            stages = of_a_rank(stages, options.engine, options.num_processes, self._weights(options))
+        return Phase(name, stages)
+
+    def _weights(self, options: Plan) -> Weights:
+        """For training and for what is done beside it."""
+        key = "weights", options.optimizer.trainable_dtype  # of the options of a search these are all that matter
+        if key not in self._counted:
+            with fake_world():
+                self._counted[key] = count_weights(options, self._checkpoint)
+        return self._counted[key]
 
     def _with_residents(self, name: str, options: Plan, without: set[str], trace: Callable[[Plan], Stages]) -> Stages:
         """Whatever the number of resident blocks, from traces with few."""
@@ -96,7 +110,10 @@ class Traces:
 
     def _traced(self, name: str, options: Plan, without: set[str], trace: Callable[[Plan], Stages]) -> Stages:
         values: Mapping[str, Any] = option_values(options)
-        key = (name, *(repr(value) for option, value in values.items() if option not in without | _OF_BUDGET))
+        key = (
+            name,
+            *(repr(value) for option, value in values.items() if option not in without | _OF_BUDGET | _OF_RANKS),
+        )
         if key not in self._kept:
             with fake_world():
                 self._kept[key] = trace(options)

@@ -5,6 +5,7 @@
       trainable.safetensors              the trained weights as the optimizer holds them (fp32 masters if any)
       ema.safetensors                    their moving average, where one is kept
       optimizer.safetensors, state.json  everything else that resumes
+      manifest.json                      size and hash of each of these, by which damage is found
 
 A checkpoint is written in a folder of another name, flushed and renamed: it is complete or absent. Rejected:
 accelerate's `save_state`, which pickles the optimizer and the generators.
@@ -13,24 +14,34 @@ accelerate's `save_state`, which pickles the optimizer and the generators.
 from __future__ import annotations
 
 import json
-import os
-import shutil
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from cogvideox_factory.config import UserError
 from cogvideox_factory.data.files import write_durably
 from cogvideox_factory.data.sampler import Layout, Position
-from cogvideox_factory.model.adapters import TRAINED_FILE, is_lora, save_lora, trainable_parameters
-from cogvideox_factory.run_folder import checkpoint_folder, list_checkpoints, set_aside_after
+from cogvideox_factory.model.adapters import (
+    AVERAGE_FILE,
+    TRAINED_FILE,
+    LoraContent,
+    is_lora,
+    lora_content,
+    trainable_parameters,
+    write_lora,
+)
+from cogvideox_factory.run_folder import checkpoint_folder
+from cogvideox_factory.training.checkpoint_folders import new_checkpoint
 from cogvideox_factory.training.ema import WeightAverage, averaged
 from cogvideox_factory.training.fp32_steps import held_weights, set_weights
+from cogvideox_factory.training.tensor_file import write_tensors
 from cogvideox_factory.training.tensor_tree import flatten, unflatten
+
+OPTIMIZER_FILE = "optimizer.safetensors"
 
 
 @dataclass
@@ -40,6 +51,7 @@ class TrainState:
     step: int = 0
     position: Position = field(default_factory=Position)
     samples_seen: int = 0
+    model: str = ""  # the base model's name as the user gave it
     identity: Mapping[str, Any] = field(default_factory=dict)  # what must not change: the base model, the adapter
     optimizer_options: Mapping[str, Any] = field(default_factory=dict)
     order: Mapping[str, Any] = field(default_factory=dict)  # what the order of the clips depends on
@@ -47,43 +59,62 @@ class TrainState:
     scaler: Mapping[str, Any] = field(default_factory=dict)
 
 
-def save_checkpoint(
-    run: Path, state: TrainState, transformer, optimizer, keep: int | None, average: WeightAverage | None = None
-) -> Path:
-    """Write the checkpoint of `state.step`, then remove the oldest beyond `keep`."""
-    folder = checkpoint_folder(run, state.step)
-    part = folder.with_name(f".{folder.name}.part")
-    for unfinished in folder.parent.glob(".step-*.part"):  # of a run that died while it saved
-        shutil.rmtree(unfinished, ignore_errors=True)
-    try:
-        _write_checkpoint(part, state, transformer, optimizer, average)
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)  # a full disk needs its space back
-        raise
-    shutil.rmtree(folder, ignore_errors=True)  # of an earlier course of this run, which went on from before it
-    os.replace(part, folder)
-    set_aside_after(folder.parent, state.step)
-    _flush_folder(folder.parent)
-    for old in list_checkpoints(run)[: -keep if keep else 0]:
-        shutil.rmtree(old)
-    return folder
+@dataclass(frozen=True)
+class Snapshot:
+    """What a checkpoint is written from: tensors by file and name, a LoRA as others load it, all else as JSON.
 
+    The tensors are those of the training, which its next step changes, unless they were `copied`.
+    """
 
-def _write_checkpoint(part: Path, state: TrainState, transformer, optimizer, average: WeightAverage | None) -> None:
-    part.mkdir(parents=True)
-    if is_lora(transformer):  # full fine-tuning is tried out from the weights as they are, which are gigabytes
-        with averaged(average):
-            save_lora(transformer, part)
-    if average:
-        average.save(part)
-    weights = held_weights(optimizer, trainable_parameters(transformer))
-    _save_tensors({name: value.cpu() for name, value in weights.items()}, part / TRAINED_FILE)
-    tensors, rest = flatten(optimizer.state_dict(), "state")
-    tensors["rng.torch"] = torch.get_rng_state()
-    if torch.cuda.is_available():
-        tensors["rng.cuda"] = torch.cuda.get_rng_state()
-    _save_tensors(tensors, part / "optimizer.safetensors")
-    write_durably(part / "state.json", json.dumps({**asdict(state), "optimizer": rest}, indent=2).encode())
+    step: int
+    tensors: Mapping[str, Mapping[str, torch.Tensor]]
+    lora: LoraContent | None
+    state: bytes
+
+    @classmethod
+    def take(cls, state: TrainState, transformer, optimizer, average: WeightAverage | None = None) -> Snapshot:
+        """The present state of a training."""
+        lora = None
+        if is_lora(transformer):  # full fine-tuning is tried out from the weights as they are, which are gigabytes
+            with averaged(average):
+                lora = lora_content(transformer)
+        tensors, rest = flatten(optimizer.state_dict(), "state")
+        tensors["rng.torch"] = torch.get_rng_state()
+        if torch.cuda.is_available():
+            tensors["rng.cuda"] = torch.cuda.get_rng_state()
+        of_files = {
+            TRAINED_FILE: held_weights(optimizer, trainable_parameters(transformer)),
+            OPTIMIZER_FILE: tensors,
+            **({AVERAGE_FILE: average.by_name()} if average else {}),
+        }
+        content = json.dumps({**asdict(state), "optimizer": rest}, indent=2).encode()
+        return cls(state.step, of_files, lora, content)
+
+    @property
+    def num_bytes(self) -> int:
+        """What its copies take on the host."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self._all())
+
+    def copied(self) -> Snapshot:
+        """The same, which no step changes: every tensor is copied to the host's memory."""
+        tensors = {file: _copies(of_file) for file, of_file in self.tensors.items()}
+        lora = self.lora and LoraContent(_copies(self.lora.weights), self.lora.metadata)
+        return replace(self, tensors=tensors, lora=lora)
+
+    def write(self, run: Path, keep: int | None) -> Path:
+        """The checkpoint on disk, complete or absent; the oldest beyond `keep` are then removed."""
+        hashes: dict[str, str] = {}
+        with new_checkpoint(run, self.step, keep, hashes) as part:
+            if self.lora:
+                write_lora(self.lora, part)
+            for file, tensors in self.tensors.items():
+                hashes[file] = write_tensors(tensors, part / file)
+            write_durably(part / "state.json", self.state)
+        return checkpoint_folder(run, self.step)
+
+    def _all(self) -> Iterator[torch.Tensor]:
+        for of_file in (*self.tensors.values(), self.lora.weights if self.lora else {}):
+            yield from of_file.values()
 
 
 def read_state(folder: Path) -> TrainState:
@@ -107,7 +138,7 @@ def load_checkpoint(folder: Path, transformer, optimizer, average: WeightAverage
         rest = content.pop("optimizer")
         state = _state_from_json(content)
         weights = load_file(folder / TRAINED_FILE)
-        tensors = load_file(folder / "optimizer.safetensors")
+        tensors = load_file(folder / OPTIMIZER_FILE)
         random_state, cuda_random_state = tensors.pop("rng.torch"), tensors.pop("rng.cuda", None)
         optimizer_state = unflatten(tensors, rest)
         averages = WeightAverage.read(folder) if average else None
@@ -123,21 +154,6 @@ def load_checkpoint(folder: Path, transformer, optimizer, average: WeightAverage
         torch.cuda.set_rng_state(cuda_random_state)
     optimizer.load_state_dict(optimizer_state)
     return state
-
-
-def find_checkpoint(run: Path, choice: str) -> Path | None:
-    """The checkpoint that --resume_from_checkpoint names; None for `latest` where there is none yet."""
-    if choice == "latest":
-        return next(iter(reversed(list_checkpoints(run))), None)
-    # The original's folders are given by name within the run, or as a path.
-    for folder in (Path(choice), run / choice, run / "checkpoints" / choice):
-        if (folder / "state.json").is_file():
-            return folder
-    names = [path.name for path in list_checkpoints(run)]
-    raise UserError(
-        f"--resume_from_checkpoint {choice}: no such checkpoint; {run} has {', '.join(names) or 'none'} "
-        "(`latest` takes the newest)"
-    )
 
 
 def _state_from_json(content: Mapping[str, Any]) -> TrainState:
@@ -165,17 +181,5 @@ def _compare(folder: Path, weights: Mapping[str, torch.Tensor], parameters: Mapp
             )
 
 
-def _save_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
-    save_file({name: value.contiguous() for name, value in tensors.items()}, path)
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
-
-
-def _flush_folder(folder: Path) -> None:
-    """Make a rename last through a power cut (on systems where a folder can be opened)."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+def _copies(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: value.detach().to("cpu", copy=True) for name, value in tensors.items()}

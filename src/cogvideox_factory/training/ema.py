@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from cogvideox_factory.model.adapters import AVERAGE_FILE
 
@@ -61,11 +60,9 @@ class WeightAverage:
             for name, parameter in self.parameters.items():
                 parameter.data = weights[name]
 
-    def save(self, folder: Path) -> None:
-        path = folder / AVERAGE_FILE
-        save_file({name: value.cpu().contiguous() for name, value in self._averages.items()}, path)
-        with path.open("rb+") as file:
-            os.fsync(file.fileno())
+    def by_name(self) -> Mapping[str, torch.Tensor]:
+        """What a checkpoint keeps of it."""
+        return self._averages
 
     @staticmethod
     def read(folder: Path) -> dict[str, torch.Tensor] | None:

@@ -32,7 +32,7 @@ from cogvideox_factory.progress import progress_bar
 from cogvideox_factory.ranks import any_rank, first_rank_first, share_requests, together
 from cogvideox_factory.run_folder import set_aside_after
 from cogvideox_factory.stopping import Stopped, StopRequest, stop_requests
-from cogvideox_factory.training.checkpoint import TrainState, save_checkpoint
+from cogvideox_factory.training.checkpoint import TrainState
 from cogvideox_factory.training.ema import WeightAverage, averaged, build_average
 from cogvideox_factory.training.engine import make_accelerator, wrap
 from cogvideox_factory.training.fp32_steps import held_weights
@@ -52,6 +52,7 @@ from cogvideox_factory.training.optimizers import (
 from cogvideox_factory.training.resuming import resume, schedule_at
 from cogvideox_factory.training.run_data import TrainingData, check_data_sets, clips_of, prepare_data
 from cogvideox_factory.training.run_options import claim_run_folder, resolve_options, without_resume
+from cogvideox_factory.training.saving import Saver
 from cogvideox_factory.training.skipping import SkippedSteps, told
 from cogvideox_factory.training.start_images import open_start_images
 from cogvideox_factory.training.tracking import Trackers, choose_trackers
@@ -164,7 +165,8 @@ def train_steps(
         return state
     if accelerator.is_main_process:  # only now: a run that is refused or finished keeps its own
         write_config(without_resume(options), run / "config.yaml")
-        set_aside_after(run / "validation", state.step)
+        for name in ("checkpoints", "validation"):
+            set_aside_after(run / name, state.step)
 
     model, optimizer = wrap(accelerator, transformer, raw_optimizer)
     held_out = (
@@ -191,8 +193,10 @@ def train_steps(
         pin_memory=training.pin_memory and device.type == "cuda",
     )
 
+    saver = Saver(run, training.checkpoints_total_limit, state.step)
+
     def broken(what: str) -> RunError:
-        good = f"checkpoint of step {saved_step}" if saved_step else "base model"
+        good = saver.last_good()
         return RunError(f"{what}; the last good state is the {good}. Lower --learning_rate, or set --max_grad_norm")
 
     def save() -> None:
@@ -201,8 +205,9 @@ def train_steps(
                 raise broken(f"weights are not finite after step {state.step}")
             if accelerator.is_main_process:
                 state.scaler = accelerator.scaler.state_dict() if accelerator.scaler else {}
-                keep = training.checkpoints_total_limit
-                logger.info("saved      %s", save_checkpoint(run, state, transformer, raw_optimizer, keep, average))
+                saver.save(state, transformer, raw_optimizer, average)
+            else:
+                saver.saved_step = state.step  # which the first rank sees to
 
     first_step = saved_step = state.step
 
@@ -233,8 +238,8 @@ def train_steps(
     skipped = SkippedSteps(run, state.step, accelerator, sampler, data.entries)
     failure: RunError | None = None  # of what is read for a step; the steps before it are saved
     is_save_due = False
-    with log, held_out or contextlib.nullcontext(), bar:
-        while state.step < num_steps and not any_rank(accelerator, stop.requested)[0]:
+    with log, held_out or contextlib.nullcontext(), bar, saver:
+        while state.step < num_steps and not any_rank(accelerator, stop.requested or saver.has_failed)[0]:
             started = time.perf_counter()
             step = next(steps)
             is_lost, must_stop = any_rank(accelerator, isinstance(step, RunError), stop.requested)
@@ -286,6 +291,8 @@ def train_steps(
             except RunError as error:  # of a file that is read for them
                 failure = error
                 break
+    with together(stop):
+        saver.wait()
     memory.record("memory_before_validation", memory.peak())
 
     if state.step < num_steps or failure:

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 
 from cogvideox_factory.config import OptimizerOptions, Train, UserError
 from cogvideox_factory.data.files import hash_of
@@ -20,11 +22,13 @@ from cogvideox_factory.data.sampler import Position, Sampler
 from cogvideox_factory.data.store import Entry
 from cogvideox_factory.model.adapters import identity_of
 from cogvideox_factory.model.family import Checkpoint
-from cogvideox_factory.training.checkpoint import TrainState, find_checkpoint, load_checkpoint, read_state
+from cogvideox_factory.training.checkpoint import TrainState, load_checkpoint, read_state
+from cogvideox_factory.training.checkpoint_folders import find_checkpoint
 from cogvideox_factory.training.ema import WeightAverage
 from cogvideox_factory.training.optimizers import build_schedule, keep_settings, optimizer_name, set_rate
 
 logger = logging.getLogger(__name__)
+BASE_MODEL = "base model"  # of an identity: told by the model's name, compared by its files, which may have moved
 # Of the group of training options: what changes the course of a training that goes on.
 TOLD_WHEN_CHANGED = ("caption_dropout", "noised_image_dropout", "mixed_precision")
 
@@ -46,13 +50,13 @@ def resume(
     assert options.output_dir is not None
     fresh = new_state(options, checkpoint, entries, sampler)
     choice = options.training.resume_from_checkpoint
-    folder = find_checkpoint(options.output_dir, choice) if choice else None
+    folder = _chosen(options.output_dir, choice, accelerator) if choice else None
     if folder is None:
         if choice:
             logger.info("no checkpoint in %s yet: starting from the beginning", options.output_dir)
         return fresh
     before = read_state(folder)
-    check_identity(before.identity, fresh.identity, f"checkpoint {folder}")
+    check_identity(before, fresh, f"checkpoint {folder}")
     check_same_optimizer(before, options.optimizer, f"checkpoint {folder}")  # before its state is loaded
     settings = [dict(group) for group in optimizer.param_groups]
     saved = load_checkpoint(folder, transformer, optimizer, average)
@@ -65,11 +69,27 @@ def resume(
     return dataclasses.replace(fresh, step=saved.step, samples_seen=saved.samples_seen, position=position)
 
 
+def _chosen(run: Path, choice: str, accelerator: Accelerator) -> Path | None:
+    """What the first rank finds, on every rank, or its error: it alone reads them, and renames damaged ones."""
+    found: Path | None = None
+    problem: Exception | None = None
+    if accelerator.is_main_process:
+        try:
+            found = find_checkpoint(run, choice)
+        except Exception as error:
+            problem = error
+    found, problem = broadcast_object_list([found, problem])
+    if problem:
+        raise problem
+    return found
+
+
 def new_state(options: Train, checkpoint: Checkpoint, entries: Sequence[Entry], sampler: Sampler) -> TrainState:
     """The state before the first step."""
     return TrainState(
+        model=checkpoint.name,
         identity={
-            "base model": checkpoint.fingerprint("transformer"),
+            BASE_MODEL: checkpoint.fingerprint("transformer"),
             **identity_of(options.method, options.lora),
             **{f"--{name}": value for name, value in dataclasses.asdict(options.conditioning).items()},
         },
@@ -85,14 +105,27 @@ def new_state(options: Train, checkpoint: Checkpoint, entries: Sequence[Entry], 
     )
 
 
-def check_identity(saved: Mapping[str, Any], fresh: Mapping[str, Any], name: str) -> None:
-    """Raises UserError where the saved weights are not of the model and method that the options ask for."""
-    for what, value in fresh.items():
-        if saved.get(what) != value:
-            raise UserError(
-                f"{name} is of another {what}: {saved.get(what)} there, {value} here; start anew in another "
-                "--output_dir"
-            )
+def check_identity(saved: TrainState, fresh: TrainState, name: str) -> None:
+    """Raises UserError, with every difference, where the saved weights are not of the model and method that the options
+    ask for."""
+    differing = [what for what, value in fresh.identity.items() if saved.identity.get(what) != value]
+    if "--training_type" in differing:  # the other options are of one of the two
+        differing = ["--training_type"]
+    told = []
+    for what in differing:
+        there, here = saved.identity.get(what), fresh.identity[what]
+        if what == BASE_MODEL and saved.model == fresh.model:
+            told.append(f"another --pretrained_model_name_or_path {fresh.model}: its weights are not those of before")
+            continue
+        if what == BASE_MODEL:
+            what, there, here = "base model (--pretrained_model_name_or_path)", saved.model, fresh.model
+        told.append(f"another {what}: {_words(there)} there, {_words(here)} here")
+    if told:
+        raise UserError(f"{name} is of {'; '.join(told)}; give the same, or start anew in another --output_dir")
+
+
+def _words(value: Any) -> str:
+    return " ".join(value) or "none" if isinstance(value, list) else str(value)
 
 
 def check_same_optimizer(saved: TrainState, options: OptimizerOptions, name: str) -> None:

@@ -21,7 +21,7 @@ SUBCLASSES = {
 
 
 def flatten(tree: Any, name: str) -> tuple[dict[str, torch.Tensor], Any]:
-    """Tensors of a tree on the CPU, by names that begin with `name`, and the rest as JSON takes it.
+    """Tensors of a tree where they are, by names that begin with `name`, and the rest as JSON takes it.
 
     A tensor that stands in several places is stored once, and stands in all of them again. Raises TypeError for a
     value of a kind that is not known here.
@@ -37,7 +37,7 @@ def flatten(tree: Any, name: str) -> tuple[dict[str, torch.Tensor], Any]:
                 while path in tensors:  # keys may hold dots themselves
                     path += "~"
                 names[id(value)] = path
-                tensors[path] = value.detach().cpu().contiguous()
+                tensors[path] = value.detach()
             return {"tensor": names[id(value)]}
         if isinstance(value, torch.Tensor):
             class_name = type(value).__name__

@@ -1,0 +1,92 @@
+"""Writes the checkpoints of a run beside its training, one at a time.
+
+The training waits while the tensors are copied on the host; hashing, writing and flushing, which take several times as
+long, are done by a thread. Where the copies would be large, as with full fine-tuning, nothing is copied and the
+training waits until all is written.
+"""
+
+from __future__ import annotations
+
+import logging
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from cogvideox_factory.config import RunError
+from cogvideox_factory.training.checkpoint import Snapshot, TrainState
+from cogvideox_factory.training.ema import WeightAverage
+
+logger = logging.getLogger(__name__)
+
+# Copies on the host up to this size: a LoRA of rank 128 of the 5b models, with its states, has 2 GiB.
+MAX_COPIES = 4 * 1024**3
+
+
+class Saver:
+    """Saves a training's checkpoints: beside it within this object's context, at once outside of it.
+
+    When the context ends, what is being written is waited for; `wait` then tells whether it failed.
+    """
+
+    def __init__(self, run: Path, keep: int | None, last_step: int, max_copies: int = MAX_COPIES):
+        """`keep` is how many checkpoints stay, if not all. `last_step` is that of the checkpoint from which the run
+        went on, 0 for none. `max_copies` in bytes."""
+        self.run = run
+        self.keep = keep
+        self.max_copies = max_copies
+        self.saved_step = last_step  # of the newest checkpoint that is complete
+        self._thread: ThreadPoolExecutor | None = None
+        self._writing: Future[None] | None = None
+
+    def __enter__(self) -> Saver:
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        assert self._thread is not None
+        self._thread.shutdown()  # waits
+        self._thread = None
+        if kind is not None and self.has_failed:
+            logger.error("%s", self._writing and self._writing.exception())  # beside what ended the run
+
+    def last_good(self) -> str:
+        """The state to which a run that fails can go back, for a person. Waits for what is being written."""
+        if self._writing is not None:
+            wait([self._writing])
+        return self._newest()
+
+    def save(self, state: TrainState, transformer, optimizer, average: WeightAverage | None = None) -> None:
+        """Save the present state. Raises RunError where it, or the one before, could not be written."""
+        self.wait()
+        snapshot = Snapshot.take(state, transformer, optimizer, average)
+        if self._thread is None or snapshot.num_bytes > self.max_copies:
+            self._write(snapshot)
+        else:
+            self._writing = self._thread.submit(self._write, snapshot.copied())
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether writing has failed that went on beside the training, which `wait` then raises. Does not wait."""
+        return self._writing is not None and self._writing.done() and self._writing.exception() is not None
+
+    def wait(self) -> None:
+        """Until nothing is being written. Raises RunError where that failed."""
+        if self._writing is not None:
+            writing, self._writing = self._writing, None
+            writing.result()
+
+    def _write(self, snapshot: Snapshot) -> None:
+        try:
+            folder = snapshot.write(self.run, self.keep)
+        except (OSError, SafetensorError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise RunError(
+                f"the checkpoint of step {snapshot.step} could not be written to {self.run} ({reason}); the last good "
+                f"state is the {self._newest()}"
+            ) from error
+        self.saved_step = snapshot.step
+        logger.info("saved      %s", folder)
+
+    def _newest(self) -> str:
+        return f"checkpoint of step {self.saved_step}" if self.saved_step else "base model"
