@@ -28,8 +28,8 @@ from cogvideox_factory.model.encoders import TextEncoder, VideoEncoder
 from cogvideox_factory.model.family import Checkpoint
 from cogvideox_factory.planning import low_bit
 from cogvideox_factory.planning.depth import Stages, mark_stages
+from cogvideox_factory.planning.engines import Weights
 from cogvideox_factory.planning.fakes import GPU, HOST, FakeTracker, as_on_cuda, build
-from cogvideox_factory.planning.ranks import Weights
 from cogvideox_factory.planning.repeats import Calls, remember_blocks, remember_calls
 from cogvideox_factory.sampling import pipeline_in_memory, place
 from cogvideox_factory.training.ema import WeightAverage, averaged, build_average
@@ -355,6 +355,7 @@ class OneProcess:
     """What the loop's step asks of an accelerator, for one process and no engine."""
 
     num_processes = 1
+    scaler = None
 
     def __init__(self, device: torch.device):
         self.device = device
