@@ -227,7 +227,7 @@ def measure_training(
                 if tensor is not None:
                     tensor.normal_()
         started = time.perf_counter()
-        loss, _ = optimizer_step(step, accelerator, model, optimizer, denoiser, scheduler, parameters, options)
+        loss = optimizer_step(step, accelerator, model, optimizer, denoiser, scheduler, parameters, options).loss
         seconds.append(time.perf_counter() - started)  # the loss has been waited for, and with it all of the step
         losses.append(loss)
     times = {"first_step": round(seconds[0], 3), "step": round(statistics.median(seconds[1:] or seconds), 3)}

@@ -109,7 +109,11 @@ def test_a_failure_of_the_machine_is_exit_1_with_the_file(cli: Cli, monkeypatch,
 
     monkeypatch.setattr(cogvideox_factory.report, "write_report", full_disk)
     code, _, messages = cli("report", "--run", tmp_path)
-    assert code == 1 and "No space left on device: report.html" in messages and "Traceback" not in messages
+    assert (
+        code == 1
+        and "No space left on device: report.html; make room there" in messages
+        and "Traceback" not in messages
+    )
 
 
 def test_demo_refuses_a_folder_that_it_did_not_make(cli: Cli, tmp_path: Path) -> None:

@@ -775,3 +775,25 @@ def test_a_folder_that_cannot_be_written_to_is_named(run: Run, folder: Path, tmp
     (tmp_path / "file").touch()
     code, messages = run(folder, tmp_path / "file/set")
     assert code == 2 and f"--output_dir {tmp_path / 'file/set'}" in messages and "choose another folder" in messages
+
+
+def test_what_is_damaged_is_made_anew_and_the_rest_is_not(
+    folder: Path, tmp_path: Path, checkpoint: Checkpoint, counts: Counts
+) -> None:
+    data, prepared = resolved(folder, checkpoint), PreparedSet(tmp_path / "set")
+
+    def run() -> list[Entry]:
+        entries = prepare(checkpoint, data, EncodingOptions(), PreparedSet(prepared.folder), CPU, StopRequest())
+        return entries
+
+    first = run()
+    before = tensor_files(prepared.folder)
+    for file in (first[0].files["latents"][0], first[1].files["prompt"][0]):
+        content = bytearray((prepared.folder / file).read_bytes())
+        content[-1] ^= 1
+        (prepared.folder / file).write_bytes(content)
+    counts.captions.clear()
+    counts.videos = 0
+    assert run() == first
+    assert (len(counts.captions), counts.videos) == (1, 1)
+    assert tensor_files(prepared.folder) == before

@@ -7,12 +7,15 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from cogvideox_factory import stopping
 from cogvideox_factory.stopping import Stopped, StopRequest, stop_requests
 
-NUMBERS = (signal.SIGINT, signal.SIGTERM)
+NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 @pytest.fixture(autouse=True)
@@ -26,9 +29,10 @@ def own_handlers() -> Iterator[dict[int, object]]:
         raise SystemExit("terminated by the handler from before")
 
     before = {number: signal.getsignal(number) for number in NUMBERS}
-    signal.signal(signal.SIGINT, interrupt)
-    signal.signal(signal.SIGTERM, terminate)
-    yield {signal.SIGINT: interrupt, signal.SIGTERM: terminate}
+    handlers: dict[int, Any] = {signal.SIGINT: interrupt, signal.SIGTERM: terminate, signal.SIGUSR1: terminate}
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    yield {**handlers}
     for number, handler in before.items():
         signal.signal(number, handler)
 
@@ -38,7 +42,7 @@ def current_handlers() -> dict[int, object]:
 
 
 @pytest.mark.parametrize("number", NUMBERS)
-def test_the_first_signal_is_a_request_and_interrupts_nothing(number: signal.Signals, capsys) -> None:
+def test_the_first_signal_is_a_request_and_interrupts_nothing(number: signal.Signals, capfd) -> None:
     with stop_requests() as stop:
         assert not stop.requested
         stop.check("never seen")
@@ -46,7 +50,7 @@ def test_the_first_signal_is_a_request_and_interrupts_nothing(number: signal.Sig
         assert stop.requested
         with pytest.raises(Stopped, match=r"^start again to go on$"):
             stop.check("start again to go on")
-    out, err = capsys.readouterr()
+    out, err = capfd.readouterr()
     assert out == "" and number.name in err and "second" in err
 
 
@@ -118,3 +122,48 @@ def test_in_another_thread_the_block_runs_and_leaves_handlers_alone(own_handlers
     thread.join(10)
     assert len(seen) == 2 and isinstance(seen[0], StopRequest) and not seen[0].requested
     assert seen[1] == own_handlers
+
+
+@pytest.mark.parametrize("second", NUMBERS)
+def test_what_a_launcher_passes_on_at_the_same_time_is_no_second_signal(
+    monkeypatch: pytest.MonkeyPatch, second: signal.Signals
+) -> None:
+    """Ctrl-C reaches torchrun's processes twice: from the terminal, and from torchrun, which got it too."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "any")
+    clock = [100.0]
+    monkeypatch.setattr(stopping, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    with pytest.raises((KeyboardInterrupt, SystemExit)) as ended, stop_requests() as stop:
+        signal.raise_signal(signal.SIGINT)
+        clock[0] += 1
+        signal.raise_signal(second)
+        assert stop.requested
+        clock[0] += stopping.RELAY_SECONDS
+        signal.raise_signal(second)
+    assert ended.type is (KeyboardInterrupt if second == signal.SIGINT else SystemExit)
+
+
+def test_a_signal_in_the_middle_of_a_print_is_told_nonetheless(capfd, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trap: printing in a handler raises where the stream is being written to."""
+
+    def refused(*arguments: object) -> None:
+        raise RuntimeError("reentrant call inside <_io.BufferedWriter name='<stderr>'>")
+
+    with stop_requests() as stop:
+        monkeypatch.setattr(sys.stderr, "write", refused)
+        signal.raise_signal(signal.SIGTERM)
+        monkeypatch.undo()
+        assert stop.requested
+    assert "SIGTERM" in capfd.readouterr().err
+
+
+def test_a_request_to_another_process_is_heard_and_stays() -> None:
+    heard: list[bool] = []
+
+    def hear(is_requested: bool) -> bool:
+        heard.append(is_requested)
+        return len(heard) == 2
+
+    stop = StopRequest()
+    stop.hear = hear
+    assert [stop.requested, stop.requested] == [False, True]
+    assert stop.requested and heard == [False, False, True]  # whatever is heard later

@@ -88,10 +88,10 @@ def train(
     for number, step in enumerate(steps_of(prepared, entries, num_steps, accumulate)):
         if before_step:
             before_step(number, transformer)
-        loss, norm = loop.optimizer_step(
+        result = loop.optimizer_step(
             step, accelerator, model, optimizer, denoiser, scheduler, list(trained.values()), options
         )
-        course.losses.append(loss)
-        course.norms.append(norm)
+        course.losses.append(result.loss)
+        course.norms.append(result.grad_norm)
     course.weights = {name: value.clone().cpu() for name, value in held_weights(raw_optimizer, trained).items()}
     return course

@@ -7,6 +7,7 @@ something failed on the way.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -31,8 +32,13 @@ from cogvideox_factory.config import (
     nearest,
 )
 from cogvideox_factory.progress import AboveBarHandler
+from cogvideox_factory.ranks import is_echo
 
 logger = logging.getLogger(__name__)
+REMEDIES = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "make room there"),
+    **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "make it writable"),
+}
 EXIT_FAILED, EXIT_USER_ERROR, EXIT_STOPPED = 1, 2, 75
 
 
@@ -60,10 +66,12 @@ def run_guarded(command: Callable[[], Any]) -> int:
         with quiet_libraries():
             command()
     except UserError as error:
-        print_error(str(error))
+        if not is_echo(error):
+            print_error(str(error))
         return EXIT_USER_ERROR
     except Stopped as stopped:
-        print(f"cogvideox-factory: {stopped}", file=sys.stderr)
+        if not is_echo(stopped):
+            print(f"cogvideox-factory: {stopped}", file=sys.stderr)
         return EXIT_STOPPED
     except KeyboardInterrupt:
         print("cogvideox-factory: interrupted; what was saved before is kept", file=sys.stderr)
@@ -74,7 +82,8 @@ def run_guarded(command: Callable[[], Any]) -> int:
         message = failure_message(error)
         if message is None:  # a fault of ours, which is reported best by its traceback
             raise
-        print_error(message)
+        if not is_echo(error):
+            print_error(message)
         return EXIT_FAILED
     return 0
 
@@ -84,7 +93,15 @@ def failure_message(error: Exception) -> str | None:
     from safetensors import SafetensorError
 
     if isinstance(error, OSError):
-        return f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
+        message = f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
+        remedy = REMEDIES.get(error.errno or 0)
+        return f"{message}; {remedy}, then start again: what was saved before is kept" if remedy else message
+    if is_of_connection(error):
+        reason = next(iter(str(error).strip().splitlines()), "")
+        return (
+            f"another process of this run has died or cannot be reached ({reason}); what it said itself tells why. Go "
+            "on from the last checkpoint with --resume_from_checkpoint latest"
+        )
     if isinstance(error, (RunError, SafetensorError)):
         return str(error)
     if type(error).__name__ == "OutOfMemoryError":  # of torch, which must not be imported here for its name alone
@@ -95,6 +112,12 @@ def failure_message(error: Exception) -> str | None:
             "--feed_forward_chunks 8, --use_tiling and --enable_tiling, --enable_model_cpu_offload"
         )
     return None
+
+
+def is_of_connection(error: Exception) -> bool:
+    """Whether this is how torch.distributed says that processes cannot reach each other any more."""
+    names = {kind.__name__ for kind in type(error).__mro__}
+    return "DistError" in names or (type(error) is RuntimeError and "gloo" in str(error).lower())
 
 
 def run_demo(options: Demo) -> None:

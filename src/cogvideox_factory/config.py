@@ -303,6 +303,9 @@ class TrainingOptions:
     """Share of clips that are shown with an empty caption, which classifier-free guidance needs."""
     noised_image_dropout: Annotated[float, Within(0, 1)] = 0.05
     """Image-to-video models: share of clips that are shown without their image."""
+    max_skipped_steps: Annotated[int, AtLeast(1)] = 10
+    """A step whose loss or gradient is no number changes no weight: it is skipped, and its clips are named. The run
+    ends at so many in a row."""
     checkpointing_steps: Annotated[int, AtLeast(1)] = 500
     """Save a checkpoint every so many optimizer steps."""
     checkpoints_total_limit: Count = None
@@ -316,8 +319,8 @@ class TrainingOptions:
     allow_tf32: bool = False
     """Allow TF32 arithmetic for fp32 matrix products on Ampere and newer GPUs."""
     nccl_timeout: Annotated[int | None, tyro.conf.arg(metavar="SECONDS"), AtLeast(1)] = None
-    """How long processes wait for each other, also while one of them prepares clips or makes videos, before they give
-    up. Default: 30 days, because a launcher ends all of them when one dies."""
+    """How long processes wait for each other within a step before they give up. It does not count while one of them
+    prepares clips, makes videos or saves. Default: 1800."""
 
 
 @option_group

@@ -33,15 +33,16 @@ from cogvideox_factory.model.device import default_device, free_memory
 from cogvideox_factory.model.encoders import TextEncoder, VideoEncoder
 from cogvideox_factory.model.family import Checkpoint, open_checkpoint
 from cogvideox_factory.progress import progress_bar
+from cogvideox_factory.ranks import share_requests, together
 from cogvideox_factory.resolve import check_text_length, resolve_data_options
 from cogvideox_factory.stopping import StopRequest, stop_requests
 
 logger = logging.getLogger(__name__)
 
 # Raised by hand whenever the same inputs come to give other tensors, or the index another form.
-FORMAT = 3
-# Processes of one launch wait for the slowest, and a launcher ends them all when one dies: no need to give up early.
-PATIENCE = datetime.timedelta(days=30)
+FORMAT = 4
+# Within an operation that all processes take part in. Work that takes longer is waited for in `ranks.together`.
+PATIENCE = datetime.timedelta(minutes=30)
 WRITES_IN_FLIGHT = 2
 STOPPED = "stopped while encoding clips, all that are done are kept; start again to go on"
 
@@ -66,6 +67,7 @@ def run(options: Prepare) -> None:
     make_output_folder(options.output_dir)
     PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
     with stop_requests() as stop:
+        share_requests(stop)
         prepared = PreparedSet(options.output_dir)
         prepare(checkpoint, data, options.encoding, prepared, default_device(), stop)
 
@@ -90,15 +92,17 @@ def prepare(
     mine = range(processes.process_index, len(clips), processes.num_processes)
     names = Names(checkpoint, encoding, device)
     outcomes = {index: Outcome(clips[index].source or "(no name)") for index in mine}
-    excerpts = _read_clips({index: clips[index] for index in mine}, outcomes, data, names, stop)
-    captions = dict.fromkeys(excerpt.clip.caption for excerpt in excerpts.values())
-    encode_prompts(checkpoint, encoding, prepared, ["", *captions], device, stop)
-    _encode_clips(checkpoint, encoding, prepared, excerpts, outcomes, data, names, device, stop)
+    with together(stop):
+        excerpts = _read_clips({index: clips[index] for index in mine}, outcomes, data, names, stop)
+        captions = dict.fromkeys(excerpt.clip.caption for excerpt in excerpts.values())
+        encode_prompts(checkpoint, encoding, prepared, ["", *captions], device, stop)
+        _encode_clips(checkpoint, encoding, prepared, excerpts, outcomes, data, names, device, stop)
 
     everywhere: dict[int, Outcome] = dict(sorted(gather_object(list(outcomes.items()))))
     entries = list(_with_keys(everywhere.values()))
-    if processes.is_main_process:
-        _write_index(prepared, entries, everywhere.values(), data, names)
+    with together(stop):
+        if processes.is_main_process:
+            _write_index(prepared, entries, everywhere.values(), data, names)
     if not entries:
         first = everywhere[0]
         raise UserError(
@@ -210,7 +214,7 @@ def encode_prompts(
     """File in the set of each distinct prompt; the text encoder is loaded only if one is missing."""
     names = Names(checkpoint, encoding, device)
     files = {prompt: names.prompt(prompt) for prompt in prompts}
-    missing = {prompt: file for prompt, file in files.items() if not prepared.has(file)}
+    missing = {prompt: file for prompt, file in files.items() if not prepared.has_whole(file)}
     if missing:
         dtype = checkpoint.dtype_for(encoding.dtype, device)
         encoder = TextEncoder.load(
@@ -241,7 +245,7 @@ def _encode_clips(
     jobs: dict[tuple[str, ...], list[tuple[int, int]]] = collections.defaultdict(list)
     for place in excerpts:
         files = _tensor_files(outcomes, place)
-        if not all(map(prepared.has, files)):
+        if not all(map(prepared.has_whole, files)):
             jobs[files].append(place)
     if not jobs:
         return
@@ -250,7 +254,7 @@ def _encode_clips(
     def requests() -> Iterator[tuple[tuple[str, ...], FrameRequest]]:
         for files, places in jobs.items():
             is_lost = any(outcomes[index].reason for index, _ in places)  # another excerpt of the clip was broken
-            if is_lost or all(map(prepared.has, files)):  # another process may have been here meanwhile
+            if is_lost or all(map(prepared.has_whole, files)):  # another process may have been here meanwhile
                 bar.update()
                 continue
             yield files, excerpts[places[0]].request
@@ -292,12 +296,12 @@ def _encode_excerpt(
     for view in dict.fromkeys(excerpt.views):
         pixels = excerpt.see(frames, view)
         file = names.latents(excerpt, view)
-        if not prepared.has(file):
+        if not prepared.has_whole(file):
             yield file, _distribution(*encoder.encode(pixels))
         if not names.num_image_draws:
             continue
         file = names.image(excerpt, view)
-        if not prepared.has(file):
+        if not prepared.has_whole(file):
             # Keyed by the file's name, which is its content: the same noise whenever it is made.
             generator = torch.Generator().manual_seed(int(hash_of(file)[:15], 16))
             tensors = _distribution(*encoder.encode_noised_images(pixels[0], names.num_image_draws, generator))

@@ -72,7 +72,7 @@ def _page(run: Path) -> str:
         _curves_section(metrics, held_out),
         _memory_section(_read_json(run / "memory.json", dict, notes) or {}),
         _clips_section(_read_lines(prepared / "index.jsonl", notes), preparation, prepared),
-        _problems_section(preparation.get("skipped"), notes),
+        _problems_section(preparation.get("skipped"), _read_lines(run / "skipped_steps.jsonl", notes), notes),
         _config_section(config),
     ]
     # With this policy the browser itself refuses to fetch anything and to run any script but ours.
@@ -404,9 +404,14 @@ def _clips_section(clips: list[dict[str, Any]], preparation: dict[str, Any], pre
     return _section("Clips", _quiet(summary), _table(["Frames", "Height × width", "Clips"], rows))
 
 
-def _problems_section(skipped: Any, notes: list[str]) -> str:
-    rows = [[clip.get("path"), clip.get("reason")] for clip in skipped or []]
-    parts = [_table(["Skipped clip", "Reason"], rows)] if rows else []
+def _problems_section(skipped_clips: Any, skipped_steps: list[dict[str, Any]], notes: list[str]) -> str:
+    clips = [[clip.get("path"), clip.get("reason")] for clip in skipped_clips or []]
+    steps = [[line.get(key) for key in ("step", "loss", "grad_norm")] for line in skipped_steps]
+    names = [", ".join(map(str, line.get("clips") or [])) for line in skipped_steps]
+    parts = [_table(["Skipped clip", "Reason"], clips)] if clips else []
+    if steps:
+        heads = ["Skipped step", "Loss", "Gradient norm", "Clips"]
+        parts.append(_table(heads, [[*step, name] for step, name in zip(steps, names, strict=True)]))
     parts += [f'<p class="note">{_text(note)}</p>' for note in notes]
     return _section("Problems", *(parts or [_quiet("None.")]))
 

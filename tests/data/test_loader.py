@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import multiprocessing
+import os
+import re
+import signal
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -12,6 +16,7 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cogvideox_factory.config import RunError
 from cogvideox_factory.data.buckets import Bucket
 from cogvideox_factory.data.loader import Batch, PreparedClips, StepBatches, clip_generator, load_steps
 from cogvideox_factory.data.sampler import Position, Sampler
@@ -268,8 +273,25 @@ def test_a_tensor_file_that_is_gone_is_named(small_set, num_workers: int) -> Non
     gone = [replace(entry, files={**entry.files, "latents": ("latents/gone.safetensors",)}) for entry in entries]
     clips = PreparedClips(prepared, gone, EMPTY, seed=SEED, caption_dropout=0.0)
     steps = load_steps(clips, Sampler(BUCKETS, 2), Position(), num_workers=num_workers)
-    with pytest.raises(DamagedEntry, match=r"latents/gone\.safetensors cannot be read"):
-        next(steps)
+    (answer,) = steps  # and nothing after it
+    assert isinstance(answer, DamagedEntry)
+    assert re.search(r"latents/gone\.safetensors cannot be read", str(answer)) and "Traceback" not in str(answer)
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_killed_is_told_as_a_value_and_nothing_hangs(small_set) -> None:
+    """Trap: DataLoader raises it from a signal handler, wherever the program is at that moment."""
+    handler = signal.getsignal(signal.SIGCHLD)
+    steps = load_steps(clips_of(small_set), Sampler(BUCKETS, 2), Position(), num_workers=1)
+    assert signal.getsignal(signal.SIGCHLD) == handler
+    assert isinstance(next(steps), StepBatches)
+    (worker,) = multiprocessing.active_children()
+    assert worker.pid
+    os.kill(worker.pid, signal.SIGKILL)
+    worker.join()
+    *read_before, answer = steps
+    assert all(isinstance(step, StepBatches) for step in read_before)
+    assert isinstance(answer, RunError) and "has died" in str(answer) and "--dataloader_num_workers" in str(answer)
 
 
 # --- the image of image-to-video ---

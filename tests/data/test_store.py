@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 from cogvideox_factory.config import UserError
 from cogvideox_factory.data.buckets import Bucket
@@ -181,6 +182,53 @@ def test_a_damaged_tensor_file_is_named(tmp_path: Path, damage: Callable[[Path],
     assert "prepare again" in str(caught.value)
 
 
+def test_a_flipped_bit_anywhere_in_a_file_is_noticed(tmp_path: Path) -> None:
+    """safetensors itself notices none in a tensor, and in the header takes some for other names or types."""
+    prepared = PreparedSet(tmp_path)
+    prepared.write_tensors(LATENTS, {"mean": torch.arange(9.0), "logvar": torch.ones(2, dtype=torch.bfloat16)})
+    content = (tmp_path / LATENTS).read_bytes()
+    assert prepared.has_whole(LATENTS)
+    for place in range(len(content)):
+        flipped = bytearray(content)
+        flipped[place] ^= 1 << place % 8
+        (tmp_path / LATENTS).write_bytes(flipped)
+        with pytest.raises(
+            DamagedEntry, match=r"k1\.safetensors cannot be read \(its content is not what was written\)"
+        ):
+            prepared.read_tensors(LATENTS)
+        assert not PreparedSet(tmp_path).has_whole(LATENTS) and prepared.has(LATENTS)
+    (tmp_path / LATENTS).write_bytes(content)
+    assert torch.equal(prepared.read_tensors(LATENTS)["mean"], torch.arange(9.0))
+
+
+def test_a_file_under_the_name_of_another_is_noticed(tmp_path: Path) -> None:
+    prepared, other = PreparedSet(tmp_path), PreparedSet.latents_file("k2")
+    prepared.write_tensors(LATENTS, {"mean": torch.zeros(3)})
+    (tmp_path / LATENTS).rename(tmp_path / other)
+    with pytest.raises(DamagedEntry):
+        prepared.read_tensors(other)
+
+
+def test_a_file_without_a_seal_is_not_trusted(tmp_path: Path) -> None:
+    (tmp_path / "latents").mkdir()
+    save_file({"mean": torch.zeros(3)}, tmp_path / LATENTS)
+    with pytest.raises(DamagedEntry):
+        PreparedSet(tmp_path).read_tensors(LATENTS)
+
+
+def test_a_file_that_is_whole_is_looked_through_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepared, reads, read = PreparedSet(tmp_path), [], Path.read_bytes
+
+    def counted(path: Path) -> bytes:
+        reads.append(path)
+        return read(path)
+
+    assert not prepared.has_whole(LATENTS)
+    prepared.write_tensors(LATENTS, {"mean": torch.zeros(3)})
+    monkeypatch.setattr(Path, "read_bytes", counted)
+    assert all(prepared.has_whole(LATENTS) for _ in range(3)) and len(reads) == 1
+
+
 # The index
 
 
@@ -317,7 +365,9 @@ def test_an_index_without_a_clip_says_so(tmp_path: Path) -> None:
         prepared.read_index()
 
 
-@pytest.mark.parametrize("content", [b"", b'{"fps": 8.0', b"\xff\xfe"])
+@pytest.mark.parametrize(
+    "content", [b"", b'{"fps": 8.0', b"\xff\xfe", b"[]", b'{"fps": 9.0, "index": "0", "seal": "0"}']
+)
 def test_damaged_settings_are_named(tmp_path: Path, content: bytes) -> None:
     prepared = PreparedSet(tmp_path)
     prepared.write_index([entry()], SETTINGS)

@@ -195,6 +195,14 @@ def test_several_processes_are_not_planned(
         plan_training(train_options(tiny_model, prepared_folder, "--fit", "--gpu_memory", "24"))
 
 
+def test_a_number_of_processes_that_is_none_is_named(
+    tiny_model: Path, prepared_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "two")
+    with pytest.raises(UserError, match="WORLD_SIZE is 'two': the number of processes is needed"):
+        plan_training(train_options(tiny_model, prepared_folder))
+
+
 def test_the_largest_clips_of_a_prepared_set_are_planned(
     tiny_model: Path, prepared_folder: Path, prepared: PreparedSet, entries: list[Entry]
 ) -> None:

@@ -12,6 +12,8 @@ still not on how that step is cut into batches and shared out.
 from __future__ import annotations
 
 import hashlib
+import signal
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -19,8 +21,10 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from cogvideox_factory.config import RunError
 from cogvideox_factory.data.sampler import Position, Sampler
-from cogvideox_factory.data.store import Entry, PreparedSet
+from cogvideox_factory.data.store import DamagedEntry, Entry, PreparedSet
+from cogvideox_factory.stopping import SIGNALS
 
 
 @dataclass(frozen=True)
@@ -178,6 +182,19 @@ def _within_strata(uniform: torch.Tensor, strata: Mapping[int, int], indices: Se
     return ((stratum + uniform) / len(strata)).to(uniform.dtype)
 
 
+class _Answers(Dataset):
+    """Steps, or what keeps them from being read: as a value, which says the same from a worker process too."""
+
+    def __init__(self, clips: PreparedClips):
+        self.clips = clips
+
+    def __getitem__(self, item: tuple[Position, list[list[list[int]]]]) -> StepBatches | DamagedEntry:
+        try:
+            return self.clips[item]
+        except DamagedEntry as error:
+            return error
+
+
 def load_steps(
     clips: PreparedClips,
     sampler: Sampler,
@@ -185,18 +202,49 @@ def load_steps(
     *,
     num_workers: int = 0,
     pin_memory: bool = False,
-) -> Iterator[StepBatches]:
-    """Optimizer steps without end, from a position on, read ahead by worker processes where there are any."""
+) -> Iterator[StepBatches | RunError]:
+    """Optimizer steps without end, from a position on, read ahead by worker processes where there are any.
+
+    Ends with a RunError instead of a step, where a file is damaged or a worker process has died.
+    """
     loader: DataLoader = DataLoader(
-        clips,
+        _Answers(clips),
         batch_size=None,
         sampler=_Positions(sampler, position),
         num_workers=num_workers,
         pin_memory=pin_memory,
         collate_fn=_as_it_is,
+        worker_init_fn=_ignore_signals,
         generator=torch.Generator(),  # for the workers' seeds, which nothing needs: torch's own generator is left alone
     )
-    return iter(loader)
+    handler = signal.getsignal(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else None
+    steps = iter(loader)
+    if threading.current_thread() is threading.main_thread() and handler is not None:
+        # DataLoader's own handler raises when a worker dies, wherever the program is: amid an update, or a save.
+        signal.signal(signal.SIGCHLD, handler)
+    return _until_failure(steps)
+
+
+def _until_failure(steps: Iterator[StepBatches | RunError]) -> Iterator[StepBatches | RunError]:
+    while True:
+        try:
+            answer = next(steps)
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader worker"):
+                raise
+            answer = RunError(
+                f"a process that reads prepared clips has died ({str(error).splitlines()[0]}): the machine may be "
+                "short of memory; lower --dataloader_num_workers, 0 reads in the program itself"
+            )
+        yield answer
+        if isinstance(answer, RunError):
+            return
+
+
+def _ignore_signals(worker: int) -> None:
+    """They may reach all processes; the program decides what to finish. It ends its workers itself, by SIGTERM."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.SIG_IGN)
 
 
 class _Positions:

@@ -106,6 +106,10 @@ class Sampler:
         """All optimizer steps of an epoch, or of what earlier segments left of it."""
         return self._cut(self._clips_left(epoch, earlier), self.layout)
 
+    def step_at(self, position: Position) -> Step:
+        """The optimizer step at a position."""
+        return self.epoch(position.epoch, position.earlier)[position.step]
+
     def steps_per_epoch(self) -> int:
         """Optimizer steps in a whole epoch; the same for every epoch."""
         return self._number_of_steps(0, ())

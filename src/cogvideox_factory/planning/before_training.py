@@ -39,7 +39,7 @@ def plan_training(options: Train) -> tuple[Train, Mapping[str, float] | None]:
     Raises UserError where what is asked for does not fit, or with --fit, where nothing does.
     """
     fit, budget = options.budget.fit, options.budget
-    num_processes = int(os.environ.get("WORLD_SIZE", "1"))
+    num_processes = number_of_processes()
     if num_processes > 1:
         if fit:
             raise UserError(
@@ -86,6 +86,18 @@ def plan_training(options: Train) -> tuple[Train, Mapping[str, float] | None]:
             found = search(plan, traces, limit, names, may_choose=is_installed)
             raise UserError(does_not_fit(plan, phases, found))
     return options, as_measured(phases)
+
+
+def number_of_processes() -> int:
+    """As the launcher says it. Raises UserError where the variable holds something else."""
+    value = os.environ.get("WORLD_SIZE", "1")
+    try:
+        return int(value)
+    except ValueError:
+        raise UserError(
+            f"the variable WORLD_SIZE is {value!r}: the number of processes is needed, which torchrun and accelerate "
+            "launch set themselves; unset it"
+        ) from None
 
 
 def will_be_refused(options: Train) -> bool:

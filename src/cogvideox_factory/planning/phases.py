@@ -28,11 +28,12 @@ from cogvideox_factory.model.encoders import TextEncoder, VideoEncoder
 from cogvideox_factory.model.family import Checkpoint
 from cogvideox_factory.planning import low_bit
 from cogvideox_factory.planning.depth import Stages, mark_stages
+from cogvideox_factory.planning.engines import Weights
 from cogvideox_factory.planning.fakes import GPU, HOST, FakeTracker, as_on_cuda, build
-from cogvideox_factory.planning.ranks import Weights
 from cogvideox_factory.planning.repeats import Calls, remember_blocks, remember_calls
 from cogvideox_factory.sampling import pipeline_in_memory, place
-from cogvideox_factory.training.ema import averaged, build_average
+from cogvideox_factory.training.ema import WeightAverage, averaged, build_average
+from cogvideox_factory.training.fp32_steps import held_weights
 from cogvideox_factory.training.loop import build_model, held_between_steps, optimizer_step
 from cogvideox_factory.training.optimizers import build_optimizer
 from cogvideox_factory.training.start_images import first_frame_decoder
@@ -230,6 +231,8 @@ def begin_training(options: Plan, checkpoint: Checkpoint, transformer, tracker: 
     stepping.zero_grad()
     tracker.add(_states(optimizer), "optimizer")
     gc.collect()
+    if is_lora(transformer):  # of a checkpoint that is written while steps go on
+        tracker.host += _saved_bytes(trained, optimizer, average)
     return Training(Phase("training", {HELD: held}), list(trained.values()), scheduler, average, optimizer)
 
 
@@ -352,6 +355,7 @@ class OneProcess:
     """What the loop's step asks of an accelerator, for one process and no engine."""
 
     num_processes = 1
+    scaler = None
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -452,6 +456,15 @@ def _mark_text(text_encoder: torch.nn.Module, tracker: FakeTracker) -> None:
 
 def _tensors(module: torch.nn.Module) -> list[torch.Tensor]:
     return [*module.parameters(), *module.buffers()]
+
+
+def _saved_bytes(
+    trained: Mapping[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer, average: WeightAverage | None
+) -> int:
+    """What `Snapshot.num_bytes` gives of a LoRA: weights, states, the average, and once more as others load it."""
+    weights = list(held_weights(optimizer, trained).values())
+    saved = [*weights, *_states(optimizer), *(average.tensors() if average else ())]
+    return sum(tensor.numel() * tensor.element_size() for tensor in saved) + 4 * sum(map(torch.numel, weights))
 
 
 def _tell_gradient(parameter: torch.Tensor, tracker: MemoryTracker) -> None:

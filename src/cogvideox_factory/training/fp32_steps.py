@@ -78,6 +78,10 @@ class Fp32Steps(torch.optim.Optimizer):
             parameter.register_post_accumulate_grad_hook(lambda parameter: _call(take, parameter))
 
     @property
+    def in_backward(self) -> bool:
+        return self._in_backward
+
+    @property
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
         return self._inner.param_groups
 
@@ -118,7 +122,7 @@ class Fp32Steps(torch.optim.Optimizer):
 
         - One batch, no clipping: each weight is stepped as its gradient comes.
         - One batch, clipping: the first pass measures the norm, the second repeats it with the same random numbers and
-          steps each weight with its gradient scaled.
+          steps each weight with its gradient scaled. There is no second one where the norm is not finite.
         - Several batches, no clipping: gradients are kept and added up; in the last batch's pass each weight is stepped
           as its sum is complete.
         - Several batches, clipping: all sums have to be there before one of them may be used. They are kept, and used
@@ -138,6 +142,8 @@ class Fp32Steps(torch.optim.Optimizer):
             with torch.random.fork_rng(devices):  # for dropout; noise and timesteps belong to the clip
                 yield
             norm = self.norm_of_dropped_gradients()
+            if norm is not None and not norm.isfinite():  # what is waited for here decides whether there is an update
+                return
             if norm is not None:
                 self._clip = lambda parameter: torch.nn.utils.clip_grads_with_norm_(parameter, limit, norm)
         self._on_gradient = OnGradient.STEP

@@ -23,11 +23,13 @@ from accelerate.utils import broadcast_object_list
 
 from cogvideox_factory.data.buckets import Bucket
 from cogvideox_factory.data.files import hash_of
-from cogvideox_factory.data.loader import PreparedClips
+from cogvideox_factory.data.loader import Batch, PreparedClips
+from cogvideox_factory.data.store import DamagedEntry
 from cogvideox_factory.model.denoiser import Denoiser
 from cogvideox_factory.progress import progress_bar
+from cogvideox_factory.ranks import any_rank, together
 from cogvideox_factory.stopping import StopRequest
-from cogvideox_factory.training.metrics import MetricsLog, read_metrics
+from cogvideox_factory.training.metrics import MetricsLog, finite_or_none, read_metrics
 from cogvideox_factory.training.objective import velocity_loss
 
 logger = logging.getLogger(__name__)
@@ -115,9 +117,9 @@ class HeldOutLoss:
         line = {
             "step": step,
             "epoch": epoch,
-            "loss": _or_none(loss),
+            "loss": finite_or_none(loss),
             "loss_by_quantile": {
-                f"{(index + 0.5) / NUM_QUANTILES:g}": _or_none(value) for index, value in enumerate(by_quantile)
+                f"{(index + 0.5) / NUM_QUANTILES:g}": finite_or_none(value) for index, value in enumerate(by_quantile)
             },
             "clips": len(losses),
             "held_out": self.identity,
@@ -145,9 +147,15 @@ class HeldOutLoss:
             for indices, draw, counts in progress_bar(
                 rounds, label, "batch", is_silent=not accelerator.is_main_process
             ):
-                if may_stop and self._any_rank(self.stop.requested):
+                batch, damage = self._read(indices, draw)
+                must_stop, is_damaged = any_rank(accelerator, may_stop and self.stop.requested, damage is not None)
+                if must_stop:
                     return None
-                batch = self.clips.fixed_batch(indices, draw, NUM_QUANTILES).to(accelerator.device)
+                if is_damaged:
+                    with together(self.stop):
+                        if damage:
+                            raise damage
+                assert batch is not None
                 values = velocity_loss(model, self.denoiser, self.scheduler, batch)
                 if counts:
                     losses[indices, draw] = values.double()
@@ -170,11 +178,12 @@ class HeldOutLoss:
             counts = start + rank < len(work)
             yield *work[start + rank if counts else start], counts
 
-    def _any_rank(self, flag: bool) -> bool:
-        if self.accelerator.num_processes == 1:
-            return flag
-        flags = torch.tensor(float(flag), device=self.accelerator.device)
-        return bool(self.accelerator.reduce(flags, "sum").item())
+    def _read(self, indices: Sequence[int], draw: int) -> tuple[Batch | None, DamagedEntry | None]:
+        """A batch on the device, or why there is none: the other processes have to know before they go on."""
+        try:
+            return self.clips.fixed_batch(indices, draw, NUM_QUANTILES).to(self.accelerator.device), None
+        except DamagedEntry as damage:
+            return None, damage
 
 
 def _batches(buckets: Sequence[Bucket], batch_size: int) -> list[list[int]]:
@@ -187,8 +196,3 @@ def _batches(buckets: Sequence[Bucket], batch_size: int) -> list[list[int]]:
         for indices in of_bucket.values()
         for start in range(0, len(indices), batch_size)
     ]
-
-
-def _or_none(value: float) -> float | None:
-    """A value as JSON knows it: there is no NaN in it."""
-    return value if math.isfinite(value) else None

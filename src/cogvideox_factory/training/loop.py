@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -35,6 +36,7 @@ from cogvideox_factory.model.denoiser import Denoiser, load_scheduler, load_tran
 from cogvideox_factory.model.device import free_memory
 from cogvideox_factory.model.family import Checkpoint, open_checkpoint, with_conditioning
 from cogvideox_factory.progress import progress_bar
+from cogvideox_factory.ranks import any_rank, first_rank_first, share_requests, together
 from cogvideox_factory.run_folder import set_aside_after
 from cogvideox_factory.stopping import Stopped, StopRequest, stop_requests
 from cogvideox_factory.training.checkpoint import TrainState
@@ -53,7 +55,7 @@ from cogvideox_factory.training.fp32_steps import held_weights
 from cogvideox_factory.training.gathering import gathered, part_of, whole_parameters
 from cogvideox_factory.training.held_out import HeldOutLoss
 from cogvideox_factory.training.hub import open_repository
-from cogvideox_factory.training.metrics import MemoryMeter, MetricsLog
+from cogvideox_factory.training.metrics import MemoryMeter, MetricsLog, finite_or_none
 from cogvideox_factory.training.model_card import Trained, write_model_card
 from cogvideox_factory.training.objective import velocity_loss
 from cogvideox_factory.training.optimizers import (
@@ -62,11 +64,13 @@ from cogvideox_factory.training.optimizers import (
     check_optimizer,
     clip_gradients,
     effective_rate,
+    updates_in_backward,
 )
 from cogvideox_factory.training.resuming import resume, schedule_at
 from cogvideox_factory.training.run_data import TrainingData, check_data_sets, clips_of, prepare_data
 from cogvideox_factory.training.run_options import claim_run_folder, resolve_options, without_resume
 from cogvideox_factory.training.saving import Saver
+from cogvideox_factory.training.skipping import SkippedSteps, told
 from cogvideox_factory.training.start_images import open_start_images
 from cogvideox_factory.training.tracking import Trackers, choose_trackers
 from cogvideox_factory.training.validation import Validation
@@ -90,22 +94,24 @@ def train(options: Train, planned: Mapping[str, float] | None = None) -> Path:
     check_engine(options, accelerator)
     device = accelerator.device
     check_data_sets(options)  # what is wrong with one as a whole is said before a folder is made
-    if accelerator.is_main_process:
-        claim_run_folder(run, options, checkpoint.folder)
-        repository = open_repository(options)
-    accelerator.wait_for_everyone()
-
-    with accelerator.main_process_first():
-        start_images = open_start_images(run, options.validation, checkpoint)
     trackers = Trackers(tracker_names if accelerator.is_main_process else (), options)
     with trackers, stop_requests() as stop:
+        share_requests(stop)
+        with together(stop):
+            if accelerator.is_main_process:
+                claim_run_folder(run, options, checkpoint.folder)
+                repository = open_repository(options)
+        start_images = first_rank_first(lambda: open_start_images(run, options.validation, checkpoint), stop)
         # Data first: the encoders have left the memory before the transformer comes.
         data, held_out_data = prepare_data(options, checkpoint, accelerator, stop)
         validation = Validation(run, options, checkpoint, data.most_frequent_bucket, stop, start_images)
         validation.on_written = trackers.show_videos
-        with accelerator.main_process_first():
+
+        def encode_for_validation() -> None:
             validation.encode_prompts(device)
             validation.keep_images(data.prepared, data.entries, device)
+
+        first_rank_first(encode_for_validation, stop)
         options = dataclasses.replace(options, sampling=validation.sampling)
         memory = MemoryMeter(device, run / "memory.json", planned)
         state = train_steps(options, checkpoint, accelerator, data, held_out_data, validation, memory, trackers, stop)
@@ -113,17 +119,17 @@ def train(options: Train, planned: Mapping[str, float] | None = None) -> Path:
         # What was learned is now tested as others will use it: from the saved file, by stock diffusers.
         accelerator.free_memory()  # what it holds itself
         free_memory()
-        if accelerator.is_main_process:
-            memory.start_phase()
-            if validation.run_from_saved(state.step, device):
-                memory.record("memory_after_testing", memory.peak())
-            memory.write()
-            if validation.videos and not validation.is_done(state.step):
-                stop.check(f"what was trained is saved in {run}, not all videos of its test are; start again for them")
-            trained = Trained.of(checkpoint, options.method.training_type)
-            name = repository.name if repository else None
-            write_model_card(run, options, checkpoint, data.entries, state.step, validation.videos, trained, name)
-        accelerator.wait_for_everyone()
+        with together(stop):
+            if accelerator.is_main_process:
+                memory.start_phase()
+                if validation.run_from_saved(state.step, device):
+                    memory.record("memory_after_testing", memory.peak())
+                memory.write()
+                if validation.videos and not validation.is_done(state.step):
+                    stop.check(f"what was trained is saved in {run}, not all videos of its test; start again for them")
+                trained = Trained.of(checkpoint, options.method.training_type)
+                name = repository.name if repository else None
+                write_model_card(run, options, checkpoint, data.entries, state.step, validation.videos, trained, name)
     if accelerator.is_main_process and repository:  # nobody waits for it
         repository.upload(run, state.step)
     return run
@@ -162,7 +168,7 @@ def train_steps(
     average = build_average(trained, options.method.ema_decay)
 
     def export_trained() -> None:
-        with whole_parameters(transformer, only_trained=is_lora(transformer), is_kept=is_main):
+        with whole_parameters(transformer, only_trained=is_lora(transformer), is_kept=is_main), together(stop):
             if is_main:
                 with averaged(average):
                     export(transformer, checkpoint, run)
@@ -227,22 +233,25 @@ def train_steps(
         return RunError(f"{what}; the last good state is the {good}. Lower --learning_rate, or set --max_grad_norm")
 
     def save() -> None:
-        if not are_finite(parameters):  # a loss can be finite once more when the weights are not
-            raise broken(f"weights are not finite after step {state.step}")
+        with together(stop):
+            if not are_finite(parameters):  # a loss can be finite once more when the weights are not
+                raise broken(f"weights are not finite after step {state.step}")
         held = gathered(raw_optimizer, is_kept=is_main)
-        with whole_parameters(transformer, only_trained=True, is_kept=is_main and is_lora(transformer)):
+        with whole_parameters(transformer, only_trained=True, is_kept=is_main and is_lora(transformer)), together(stop):
             if is_main:
                 state.scaler = accelerator.scaler.state_dict() if accelerator.scaler else {}
                 saver.save(state, transformer, held, average)
             else:
                 saver.saved_step = state.step  # which the first rank sees to
-        accelerator.wait_for_everyone()
 
     first_step = saved_step = state.step
 
     def validate_if_due() -> None:
+        is_shared = has_divided_weights(accelerator)  # which take all ranks to make a video
         is_due = first_rank_says(accelerator, validation.is_due(state.step, state.position.ended_epoch))
-        if is_due and (is_main or has_divided_weights(accelerator)):  # divided weights take all ranks
+        with together(stop):
+            if not is_due or not (is_main or is_shared):
+                return
             if state.step > first_step:
                 memory.record("memory_before_validation", memory.peak())
             memory.start_phase()
@@ -250,12 +259,11 @@ def train_steps(
                 held = None if has_masters(accelerator) else held_between_steps(raw_optimizer, average)
                 validation.run_in_memory(
                     *(state.step, transformer, scheduler, dtype, device, held),
-                    is_shared=has_divided_weights(accelerator),
+                    is_shared=is_shared,
                 )
             free_memory()
             memory.record("memory_after_validation", memory.peak())
             memory.start_phase()
-        accelerator.wait_for_everyone()
 
     memory.record("memory_before_training", memory.current())
     validate_if_due()
@@ -267,56 +275,76 @@ def train_steps(
     is_silent = not accelerator.is_main_process
     bar = progress_bar(None, "Training", "step", num_steps, done=state.step, is_silent=is_silent)
     log = MetricsLog(run, state.step, accelerator, also_to=trackers.log_line)
+    skipped = SkippedSteps(run, state.step, accelerator, sampler, data.entries)
+    failure: RunError | None = None  # of what is read for a step; the steps before it are saved
+    is_save_due = False
     with log, held_out or contextlib.nullcontext(), bar, saver:
-        while state.step < num_steps and not stop.requested and not saver.has_failed:
+        while state.step < num_steps and not any_rank(accelerator, stop.requested or saver.has_failed)[0]:
             started = time.perf_counter()
             step = next(steps)
+            is_lost, must_stop = any_rank(accelerator, isinstance(step, RunError), stop.requested)
+            if is_lost:  # here or in another process; a signal may have reached those that read ahead, too
+                failure = step if isinstance(step, RunError) and not must_stop else None
+                break
+            assert isinstance(step, StepBatches)
             waited = time.perf_counter() - started
             rate = effective_rate(raw_optimizer)
-            loss, grad_norm = optimizer_step(
-                step, accelerator, model, optimizer, denoiser, scheduler, parameters, options
-            )
-            if not math.isfinite(loss):
-                raise broken(f"the loss of step {state.step + 1} is {loss}")
+            result = optimizer_step(step, accelerator, model, optimizer, denoiser, scheduler, parameters, options)
+            if result.is_skipped:
+                skipped.add(state.step + 1, step.position, result, training.max_skipped_steps)
+                if skipped.in_a_row == training.max_skipped_steps:
+                    clips = told(skipped.last_clips)
+                    raise broken(f"{skipped.in_a_row} steps in a row are no numbers, the last of them of {clips}")
+            else:
+                skipped.end_row()
+                state.samples_seen += step.num_clips
+                if average:
+                    average.update(held_weights(raw_optimizer, trained))
             schedule.step()
-            if average:
-                average.update(held_weights(raw_optimizer, trained))
             state.step += 1
-            state.samples_seen += step.num_clips
             state.position = sampler.after(step.position)
             log.write(
                 step=state.step,
                 epoch=step.position.epoch,
-                loss=loss,
+                loss=finite_or_none(result.loss),
                 lr=rate,
-                grad_norm=grad_norm,
+                grad_norm=finite_or_none(result.grad_norm),
                 step_seconds=round(time.perf_counter() - started, 6),
                 data_seconds=round(waited, 6),
                 samples_seen=state.samples_seen,
                 memory_gib=round(memory.current(), 3),
+                **({"skipped": True} if result.is_skipped else {}),
             )
-            bar.set_postfix(loss=f"{loss:.4f}", lr=f"{rate:.1e}", refresh=False)
+            bar.set_postfix(loss=f"{result.loss:.4f}", lr=f"{rate:.1e}", refresh=False)
             bar.update()
-            if state.step % training.checkpointing_steps == 0 or state.step == num_steps:
+            is_save_due |= state.step % training.checkpointing_steps == 0
+            # While steps are skipped the weights may have gone astray: they must not push out an older checkpoint.
+            if (is_save_due and not result.is_skipped) or state.step == num_steps:
                 save()
-                saved_step = state.step
-            if held_out and held_out.is_due(state.step, num_steps):  # what was saved is safe if this is killed
-                with averaged(average):
-                    held_out.measure(model, state.step, step.position.epoch, is_last=state.step == num_steps)
-            if state.step < num_steps:  # after the last step, what was saved is tested
-                validate_if_due()
-    saver.wait()
+                saved_step, is_save_due = state.step, False
+            try:
+                if held_out and held_out.is_due(state.step, num_steps):  # what was saved is safe if this is killed
+                    with averaged(average):
+                        held_out.measure(model, state.step, step.position.epoch, is_last=state.step == num_steps)
+                if state.step < num_steps:  # after the last step, what was saved is tested
+                    validate_if_due()
+            except RunError as error:  # of a file that is read for them
+                failure = error
+                break
+    with together(stop):
+        saver.wait()
     memory.record("memory_before_validation", memory.peak())
 
-    if state.step < num_steps:
+    if state.step < num_steps or failure:
         if saved_step != state.step:
             save()
-        if accelerator.is_main_process:
-            memory.write()
-        raise Stopped(
-            f"stopped after step {state.step} of {num_steps}, all saved; go on with: cogvideox-factory train "
-            f"--config {run / 'config.yaml'} --resume_from_checkpoint latest"
-        )
+        go_on = f"cogvideox-factory train --config {run / 'config.yaml'} --resume_from_checkpoint latest"
+        with together(stop):
+            if accelerator.is_main_process:
+                memory.write()
+            if failure:
+                raise RunError(f"{failure}. All {state.step} steps before are saved; then go on with: {go_on}")
+            raise Stopped(f"stopped after step {state.step} of {num_steps}, all saved; go on with: {go_on}")
     export_trained()
     return state
 
@@ -346,15 +374,20 @@ def optimizer_step(
     scheduler,
     parameters: list[torch.nn.Parameter],
     options: Train,
-) -> tuple[float, float]:
-    """One update from the clips of a step; the loss that it minimises, a mean over them, and the gradient's norm
-    before clipping.
+) -> StepResult:
+    """One update from the clips of a step, or none where the loss or the gradient is no number: neither weights nor
+    the optimizer's state change then.
 
-    Every clip of the step weighs the same, whatever batch and rank it came in.
+    Every clip of the step weighs the same, whatever batch and rank it came in. An update within the backward pass
+    cannot be taken back: there each batch's loss is looked at before its backward pass, and the gradient's norm before
+    the second pass, if it is clipped.
     """
     total = torch.zeros((), device=accelerator.device)
     limit = options.optimizer.max_grad_norm or float("inf")
+    in_backward = updates_in_backward(optimizer)
     num_batches = len(step.batches)
+    clip_losses: list[torch.Tensor] = []
+    is_complete = True
     for index, batch in enumerate(step.batches):
         is_last = index + 1 == num_batches
         # Engines average gradients over ranks, once, after the last batch.
@@ -362,15 +395,36 @@ def optimizer_step(
             for _ in backward_passes(optimizer, index, num_batches, limit):  # one, or two that are alike
                 losses = velocity_loss(model, denoiser, scheduler, batch.to(accelerator.device), options.objective)
                 loss = losses.mean() * batch.share
+                is_complete = not in_backward or not any_rank(accelerator, not math.isfinite(loss.item()))[0]
+                if not is_complete:
+                    break
                 backward(accelerator, model, loss, is_last=is_last)
         total += loss.detach()
-    grad_norm = clip_gradients(accelerator, optimizer, parameters, limit)
-    optimizer.step()
-    optimizer.zero_grad()
+        clip_losses.append(losses.detach())
+        if not is_complete:
+            break
+    grad_norm = clip_gradients(accelerator, optimizer, parameters, limit) if is_complete else total
     if accelerator.num_processes > 1:
         total = accelerator.reduce(total, "sum")
     loss_value, norm_value = torch.stack([total, grad_norm.to(total)]).tolist()  # the step's one wait for the GPU
-    return loss_value, norm_value
+    # The scaler of fp16 looks at the gradients itself: that they overflow is how it finds its scale.
+    norm_counts = accelerator.scaler is None and (not in_backward or limit < float("inf"))
+    is_skipped = not math.isfinite(loss_value) or (norm_counts and not math.isfinite(norm_value))
+    if not is_skipped:
+        optimizer.step()
+    elif accelerator.scaler is not None:
+        accelerator.scaler.update(accelerator.scaler.get_scale())  # ready for the next step, at the scale that it had
+    optimizer.zero_grad()
+    return StepResult(loss_value, norm_value, clip_losses, is_skipped)
+
+
+class StepResult(NamedTuple):
+    """What came of one optimizer step."""
+
+    loss: float  # a mean over the clips of all ranks; that of the batches done where it was broken off
+    grad_norm: float  # before clipping
+    clip_losses: list[torch.Tensor]  # (B,) of each batch of this rank, on the device
+    is_skipped: bool
 
 
 def held_between_steps(optimizer: torch.optim.Optimizer, average: WeightAverage | None) -> list[torch.Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TextIO
@@ -47,14 +48,23 @@ class MetricsLog:
 
     def __exit__(self, *error: object) -> None:
         if self._file:
-            self._file.close()
+            with contextlib.suppress(OSError):  # it writes once more what could not be written
+                self._file.close()
 
     def write(self, **values: Any) -> None:
         if self._file:
-            self._file.write(json.dumps(values) + "\n")
-            self._file.flush()
+            try:
+                self._file.write(json.dumps(values, allow_nan=False) + "\n")
+                self._file.flush()
+            except OSError as error:  # writing alone names no file
+                raise OSError(error.errno, error.strerror or str(error), self._file.name) from error
             if self._also_to:
                 self._also_to(values)
+
+
+def finite_or_none(value: float) -> float | None:
+    """A value as JSON knows it: there is no NaN in it."""
+    return value if math.isfinite(value) else None
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

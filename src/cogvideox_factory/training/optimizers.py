@@ -219,6 +219,12 @@ def backward_passes(optimizer: torch.optim.Optimizer, batch: int, num_batches: i
     return raw.backward_passes(batch, num_batches, limit) if isinstance(raw, Fp32Steps) else (None,)
 
 
+def updates_in_backward(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether weights are stepped within the backward pass, after which an update cannot be taken back."""
+    raw = getattr(optimizer, "optimizer", optimizer)
+    return isinstance(raw, Fp32Steps) and raw.in_backward
+
+
 def clip_gradients(
     accelerator: Accelerator,
     optimizer: torch.optim.Optimizer,

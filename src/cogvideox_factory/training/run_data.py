@@ -102,7 +102,6 @@ def _prepare_one(
         return TrainingData(prepared, entries, empty_prompt)
     prepared = PreparedSet(options.output_dir / folder)
     prepare(checkpoint, options.data, options.encoding, prepared, accelerator.device, stop)  # each process its part
-    accelerator.wait_for_everyone()
     return TrainingData(prepared, prepared.read_index(), prepared.read_settings()["empty_prompt"])
 
 

@@ -11,7 +11,7 @@ from cogvideox_factory.command_line import parse_command
 from cogvideox_factory.config import Plan, UserError, with_values
 from cogvideox_factory.memory.tracker import PARTS, Moment
 from cogvideox_factory.planning import open_configs, resolve
-from cogvideox_factory.planning.ranks import Weights, of_a_rank
+from cogvideox_factory.planning.engines import Weights, of_a_rank
 from cogvideox_factory.planning.texts import GIB, budget_of
 from cogvideox_factory.planning.traces import Traces
 
