@@ -38,6 +38,7 @@ from cogvideox_factory.run_folder import checkpoint_folder
 from cogvideox_factory.training.checkpoint_folders import new_checkpoint
 from cogvideox_factory.training.ema import WeightAverage, averaged
 from cogvideox_factory.training.fp32_steps import held_weights, set_weights
+from cogvideox_factory.training.gathering import whole_shape
 from cogvideox_factory.training.tensor_file import write_tensors
 from cogvideox_factory.training.tensor_tree import flatten, unflatten
 
@@ -174,10 +175,10 @@ def _compare(folder: Path, weights: Mapping[str, torch.Tensor], parameters: Mapp
         where = "the checkpoint trains it, these settings do not" if name in weights else "not in the checkpoint"
         raise UserError(f"checkpoint {folder} is of other --target_modules or another model: {name}: {where}")
     for name, parameter in parameters.items():
-        if weights[name].shape != parameter.shape:
+        if weights[name].shape != whole_shape(parameter):
             raise UserError(
                 f"checkpoint {folder} is of another --rank or another model: {name} is {list(weights[name].shape)} "
-                f"there and {list(parameter.shape)} here"
+                f"there and {list(whole_shape(parameter))} here"
             )
 
 

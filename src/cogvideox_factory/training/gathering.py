@@ -71,6 +71,11 @@ def is_divided(parameter: torch.Tensor) -> bool:
     return hasattr(parameter, "ds_id") or hasattr(parameter, "full_tensor")
 
 
+def whole_shape(parameter: torch.Tensor) -> torch.Size:
+    """The shape of a parameter, also where ranks divide it."""
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
 def part_of(parameter: torch.Tensor) -> torch.Tensor:
     """What this rank holds of a parameter."""
     if hasattr(parameter, "ds_tensor"):
