@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import os
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from safetensors.torch import load_file
 
 from cogvideox_factory.config import LoraOptions, MemoryOptions, MethodOptions, OptimizerOptions, Train, UserError
 from cogvideox_factory.model.family import Checkpoint
+from cogvideox_factory.training import loop
 from cogvideox_factory.training.engine import check_engine, make_accelerator
 from cogvideox_factory.training.metrics import read_metrics
 
@@ -155,6 +157,32 @@ def test_a_run_goes_on_under_another_engine(arguments, on_one_process, tmp_path:
     shutil.rmtree(run / "checkpoints/step-00000004")
     assert run_on_ranks(second, *arguments(run, "lora", *flags, "--resume_from_checkpoint", "latest")) == [0, 0]
     assert_same_course(run, on_one_process("lora"))
+
+
+@pytest.mark.slow
+@needs_deepspeed
+@pytest.mark.parametrize("engine", ["ddp", "zero2", "zero3", "fsdp2"])
+def test_a_step_with_a_loss_that_is_no_number_changes_nothing(
+    arguments, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engine: str
+) -> None:
+    """Of one rank, in the third step; engines that step by themselves leave it out by themselves."""
+    velocity_loss, calls = loop.velocity_loss, iter(range(100))
+
+    def broken(*inputs: Any) -> torch.Tensor:
+        is_broken = next(calls) == 2 and os.environ["RANK"] == "1"
+        return velocity_loss(*inputs) * (float("nan") if is_broken else 1.0)
+
+    monkeypatch.setattr(loop, "velocity_loss", broken)  # the processes are forked
+    flags = ("--train_batch_size", "2", "--checkpointing_steps", "1", "--mixed_precision", "bf16")
+    assert run_on_ranks(engine, *arguments(tmp_path / "run", "lora", *flags)) == [0, 0]
+    lines = read_metrics(tmp_path / "run/metrics.jsonl")
+    assert [line.get("skipped", False) for line in lines] == [False, False, True, False]
+    saved_after = {step: saved(tmp_path / "run", step, "optimizer") for step in (2, 4)}
+    counts = {
+        step: {v.item() for k, v in tensors.items() if k.endswith("step")} for step, tensors in saved_after.items()
+    }
+    assert counts == {2: {2.0}, 4: {3.0}}
+    assert all(value.isfinite().all() for value in saved(tmp_path / "run", 4).values())
 
 
 def under_deepspeed(stage: int = 2) -> Any:
