@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from accelerate.utils import DistributedType
 
 from cogvideox_factory.config import Plan, SamplingOptions, Train
 from cogvideox_factory.data.buckets import Bucket
@@ -359,6 +360,7 @@ class OneProcess:
     """What the loop's step asks of an accelerator, for one process and no engine."""
 
     num_processes = 1
+    distributed_type = DistributedType.NO
     scaler = None
 
     def __init__(self, device: torch.device):
