@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 
 from cogvideox_factory.data.sampler import Sampler
 from cogvideox_factory.data.store import Entry, PreparedSet
+from cogvideox_factory.run_folder import list_checkpoints
 from cogvideox_factory.training import validation
-from cogvideox_factory.training.checkpoint import list_checkpoints
 from cogvideox_factory.training.metrics import MetricsLog, read_metrics
 
 Cli = Callable[..., tuple[int, str, str]]

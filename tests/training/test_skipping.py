@@ -22,8 +22,8 @@ from cogvideox_factory.model.adapters import trainable_parameters
 from cogvideox_factory.model.denoiser import Denoiser, load_scheduler
 from cogvideox_factory.model.family import Checkpoint
 from cogvideox_factory.planning.phases import OneProcess
+from cogvideox_factory.run_folder import list_checkpoints
 from cogvideox_factory.training import loop
-from cogvideox_factory.training.checkpoint import list_checkpoints
 from cogvideox_factory.training.fp32_steps import Fp32Steps
 from cogvideox_factory.training.metrics import read_metrics
 from cogvideox_factory.training.optimizers import build_optimizer

@@ -20,8 +20,8 @@ from test_prepare_processes import free_port
 from cogvideox_factory import ranks
 from cogvideox_factory.cli import run_guarded
 from cogvideox_factory.config import RunError, UserError
+from cogvideox_factory.run_folder import list_checkpoints
 from cogvideox_factory.stopping import Stopped, StopRequest
-from cogvideox_factory.training.checkpoint import list_checkpoints
 from cogvideox_factory.training.metrics import read_metrics
 
 
