@@ -655,9 +655,10 @@ class Plan(Train):
     """Processes that share the training, each with a GPU; the figures are those of one of them."""
     num_machines: Annotated[int, AtLeast(1)] = 1
     """Machines that the processes are spread over; those of one machine share its memory."""
-    engine: Literal["ddp", "zero2", "zero3"] = "ddp"
-    """What they divide. ddp: nothing but the clips. zero2 (DeepSpeed): also gradients, optimizer states and fp32
-    weights. zero3: also the weights, all of it offloaded to the machine as accelerate_configs/ has it."""
+    engine: Literal["ddp", "zero2", "zero3", "fsdp2"] = "ddp"
+    """What they divide, as the files of accelerate_configs/ have it. ddp: nothing but the clips. zero2 (DeepSpeed):
+    also gradients, optimizer states and fp32 weights. zero3: also the weights, and all of it waits on the host. fsdp2:
+    all of it on the GPUs."""
     json: bool = False
     """Print one JSON object on standard output, for programs."""
 

@@ -21,6 +21,7 @@ from cogvideox_factory.model.encoders import TextEncoder
 from cogvideox_factory.planning import open_configs, resolve
 from cogvideox_factory.planning.fakes import GPU, FakeTracker, fake_world
 from cogvideox_factory.planning.phases import (
+    HELD,
     Phase,
     fake_step,
     load_transformer,
@@ -34,6 +35,8 @@ from cogvideox_factory.planning.phases import (
 )
 from cogvideox_factory.planning.traces import Traces
 from cogvideox_factory.sampling import pipeline_from_disk, place
+from cogvideox_factory.training.checkpoint import Snapshot, TrainState
+from cogvideox_factory.training.ema import WeightAverage
 from cogvideox_factory.training.loop import build_model, optimizer_step
 from cogvideox_factory.training.optimizers import build_optimizer
 
@@ -205,6 +208,25 @@ def test_low_bit_states_take_their_bits(plan: Plans) -> None:
     )
     assert eight / full == pytest.approx(1 / 4, rel=0.1)
     assert four / full == pytest.approx(1 / 8, rel=0.2)
+
+
+def test_the_host_holds_copies_of_a_lora_that_is_saved_and_none_of_full_fine_tuning(
+    plan: Plans, tiny_model: Path
+) -> None:
+    flags = ("--model_id", str(tiny_model), "--rank", "64")
+    with open_configs(plan(*flags)) as checkpoint:
+        transformer = build_model(plan(*flags), checkpoint, torch.float32, CPU)
+        trained = trainable_parameters(transformer)
+        optimizer = torch.optim.AdamW(trained.values())
+        for parameter in trained.values():
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        snapshot = Snapshot.take(TrainState(), transformer, optimizer, WeightAverage(trained, 0.9))
+    plain, saved = (
+        max(stage.host for key, stage in planned_step(plan(*given), torch.float32).stages.items() if key != HELD)
+        for given in ((*flags, "--training_type", "sft"), (*flags, "--ema_decay", "0.9"))
+    )
+    assert saved - plain == pytest.approx(snapshot.num_bytes, rel=0.02)
 
 
 def test_states_on_the_host_leave_the_gpu(plan: Plans, tiny_model: Path) -> None:

@@ -31,6 +31,7 @@ from cogvideox_factory.model.encoders import TextEncoder, VideoEncoder
 from cogvideox_factory.model.family import Checkpoint
 from cogvideox_factory.prepare import PATIENCE
 from cogvideox_factory.run_folder import list_checkpoints
+from cogvideox_factory.training import checkpoint as checkpoint_module
 from cogvideox_factory.training import loop
 from cogvideox_factory.training.metrics import MetricsLog, read_metrics
 
@@ -666,13 +667,41 @@ def test_a_loss_that_is_no_number_ends_the_run_and_names_the_last_good_state(tra
     json.loads("[" + ",".join((run / "metrics.jsonl").read_text().splitlines()) + "]", parse_constant=pytest.fail)
 
 
-def test_going_back_sets_the_later_course_aside(train, tmp_path: Path) -> None:
+def test_a_checkpoint_that_cannot_be_written_ends_the_run_and_names_the_last_good_one(
+    train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, write = tmp_path / "run", checkpoint_module.write_tensors
+
+    def full(tensors: Any, path: Path) -> str:
+        if "step-00000004" in str(path):
+            raise OSError(28, "No space left on device")
+        return write(tensors, path)
+
+    monkeypatch.setattr(checkpoint_module, "write_tensors", full)
+    code, messages = train(run, "--max_train_steps", "9", "--checkpointing_steps", "2")
+    assert code == 1 and "Traceback" not in messages
+    assert "step 4 could not be written" in messages and "last good state is the checkpoint of step 2" in messages
+    assert [path.name for path in list_checkpoints(run)] == ["step-00000002"] and not (run / LORA).exists()
+    assert not list((run / "checkpoints").glob(".*"))
+
+
+def test_going_back_sets_the_later_course_aside(train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At once: killed before it saves, a run must not go on from a checkpoint whose metrics are gone."""
     run = tmp_path / "run"
+    there: list[list[str]] = []
+    load = loop.load_steps
+
+    def look_and_load(*arguments: Any, **options: Any) -> Any:
+        there.append([path.name for path in list_checkpoints(run)])
+        return load(*arguments, **options)
+
+    monkeypatch.setattr(loop, "load_steps", look_and_load)
     flags = ["--checkpointing_steps", "2", "--validation_prompt", "a", "--validation_steps", "2"]
     flags += ["--num_inference_steps", "1"]
     assert train(run, "--max_train_steps", "6", *flags)[0] == 0
     code, messages = train(run, "--max_train_steps", "3", *flags, "--resume_from_checkpoint", "step-00000002")
     assert code == 0, messages
+    assert there == [[], ["step-00000002"]]
     assert [path.name for path in list_checkpoints(run)] == ["step-00000002", "step-00000003"]
     videos = sorted(path.name for path in (run / "validation").iterdir())
     assert videos == ["left-step-00000004", "left-step-00000006", *(f"step-{step:08}" for step in (0, 2, 3))]

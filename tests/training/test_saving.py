@@ -4,33 +4,61 @@ from __future__ import annotations
 
 import threading
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 import torch
+from diffusers import CogVideoXTransformer3DModel
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 
-from cogvideox_factory.config import RunError
-from cogvideox_factory.data.manifest import MANIFEST
+from cogvideox_factory.config import LoraOptions, RunError
+from cogvideox_factory.model.adapters import (
+    AVERAGE_FILE,
+    LORA_FILE,
+    TRAINED_FILE,
+    attach_lora,
+    trainable_parameters,
+)
 from cogvideox_factory.run_folder import list_checkpoints
 from cogvideox_factory.training import checkpoint
-from cogvideox_factory.training.checkpoint import Snapshot, TrainState
+from cogvideox_factory.training.checkpoint import OPTIMIZER_FILE, Snapshot, TrainState
 from cogvideox_factory.training.ema import WeightAverage
 from cogvideox_factory.training.saving import Saver
 
 
+class Training(NamedTuple):
+    transformer: Any
+    optimizer: torch.optim.Optimizer
+    average: WeightAverage
+
+
+def build(*, has_lora: bool) -> Training:
+    """A one-layer transformer of which a LoRA, or some of its own weights, have made a step."""
+    transformer = CogVideoXTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, time_embed_dim=8,
+        text_embed_dim=8, num_layers=1, sample_height=8, sample_width=8, sample_frames=9, max_text_seq_length=4,
+    ).requires_grad_(False)  # fmt: skip
+    if has_lora:
+        attach_lora(transformer, LoraOptions(rank=2, lora_alpha=4), 0)
+    else:
+        transformer.transformer_blocks[0].attn1.requires_grad_(True)
+    trained = trainable_parameters(transformer)
+    training = Training(transformer, torch.optim.AdamW(trained.values()), WeightAverage(trained, 0.5))
+    for parameter in trained.values():
+        parameter.grad = torch.randn_like(parameter)
+    step(training)
+    return training
+
+
 @pytest.fixture
-def training() -> tuple[torch.nn.Module, torch.optim.Optimizer, WeightAverage]:
-    model = torch.nn.Linear(50, 40)
-    optimizer = torch.optim.AdamW(model.parameters())
-    average = WeightAverage(dict(model.named_parameters()), 0.5)
-    model(torch.randn(3, 50)).sum().backward()
-    optimizer.step()
-    return model, optimizer, average
+def training() -> Training:
+    return build(has_lora=True)
 
 
-def step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, average: WeightAverage) -> None:
-    optimizer.step()
-    average.update(dict(model.named_parameters()))
+def step(training: Training) -> None:
+    training.optimizer.step()
+    training.average.update(trainable_parameters(training.transformer))
 
 
 class Gate:
@@ -53,7 +81,7 @@ class Gate:
 
 
 def test_what_is_written_is_the_state_at_the_call_whatever_the_training_does_meanwhile(
-    tmp_path: Path, training, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, training: Training, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Snapshot.take(TrainState(step=3), *training).write(tmp_path / "waited", None)
     gate = Gate(monkeypatch)
@@ -61,7 +89,7 @@ def test_what_is_written_is_the_state_at_the_call_whatever_the_training_does_mea
     state = TrainState(step=3)
     with saver:
         saver.save(state, *training)
-        step(*training)
+        step(training)
         state.step = 4
         torch.rand(1)
         assert saver.saved_step == 0 and list_checkpoints(tmp_path / "beside") == [] and not saver.has_failed
@@ -69,10 +97,13 @@ def test_what_is_written_is_the_state_at_the_call_whatever_the_training_does_mea
     saver.wait()
     assert saver.saved_step == 3
     (ours,), (theirs,) = (list_checkpoints(tmp_path / name) for name in ("beside", "waited"))
-    assert (ours / MANIFEST).read_bytes() == (theirs / MANIFEST).read_bytes()
+    for name in (TRAINED_FILE, AVERAGE_FILE, OPTIMIZER_FILE, "state.json"):
+        assert (ours / name).read_bytes() == (theirs / name).read_bytes(), name
+    lora, expected = (load_file(folder / LORA_FILE) for folder in (ours, theirs))  # whose metadata has no order
+    assert lora.keys() == expected.keys() and all(torch.equal(lora[name], value) for name, value in expected.items())
 
 
-def test_the_next_one_waits_for_the_one_before(tmp_path: Path, training, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_next_one_waits_for_the_last(tmp_path: Path, training: Training, monkeypatch: pytest.MonkeyPatch) -> None:
     gate = Gate(monkeypatch)
     with Saver(tmp_path, 1, 0) as saver:
         saver.save(TrainState(step=1), *training)
@@ -82,23 +113,30 @@ def test_the_next_one_waits_for_the_one_before(tmp_path: Path, training, monkeyp
     assert [folder.name for folder in list_checkpoints(tmp_path)] == ["step-00000002"]
 
 
-def test_large_states_are_written_while_the_training_waits_and_not_copied(
-    tmp_path: Path, training, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_copies_are_as_large_as_is_said(training: Training) -> None:
+    snapshot = Snapshot.take(TrainState(), *training)
+    numbers = sum(parameter.numel() for parameter in trainable_parameters(training.transformer).values())
+    counters = 4 * len(trainable_parameters(training.transformer)) + torch.get_rng_state().nbytes
+    assert snapshot.num_bytes == 5 * 4 * numbers + counters  # weights, as others load them, average, and two states
+
+
+def test_full_fine_tuning_waits_and_copies_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Snapshot, "copied", lambda self: pytest.fail("copied"))
-    size = Snapshot.take(TrainState(), *training).num_bytes
-    assert size > 4 * 4 * (50 * 40 + 40)  # weights, their average and two states, in fp32
-    with Saver(tmp_path, None, 0, max_copies=size - 1) as saver:
+    training = build(has_lora=False)
+    with Saver(tmp_path, None, 0) as saver:
         saver.save(TrainState(step=1), *training)
         assert saver.saved_step == 1
-    outside = Saver(tmp_path, None, 1)
-    outside.save(TrainState(step=2), *training)
-    assert outside.saved_step == 2 and len(list_checkpoints(tmp_path)) == 2
+
+
+def test_outside_of_its_context_it_waits(tmp_path: Path, training: Training) -> None:
+    saver = Saver(tmp_path, None, 1)
+    saver.save(TrainState(step=2), *training)
+    assert saver.saved_step == 2 and len(list_checkpoints(tmp_path)) == 1
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("No space left on device")])
 def test_a_failure_is_told_at_the_next_occasion_with_the_last_good_state(
-    tmp_path: Path, training, monkeypatch: pytest.MonkeyPatch, error: Exception
+    tmp_path: Path, training: Training, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     with Saver(tmp_path, None, 7) as saver, monkeypatch.context() as patch:
         gate = Gate(patch, error)
@@ -114,7 +152,7 @@ def test_a_failure_is_told_at_the_next_occasion_with_the_last_good_state(
 
 
 def test_a_crash_waits_for_what_is_written_and_stays_the_error(
-    tmp_path: Path, training, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, training: Training, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     gate = Gate(monkeypatch)
     with pytest.raises(ZeroDivisionError), Saver(tmp_path, None, 0) as saver:

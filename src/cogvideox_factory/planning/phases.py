@@ -28,11 +28,12 @@ from cogvideox_factory.model.encoders import TextEncoder, VideoEncoder
 from cogvideox_factory.model.family import Checkpoint
 from cogvideox_factory.planning import low_bit
 from cogvideox_factory.planning.depth import Stages, mark_stages
+from cogvideox_factory.planning.engines import Weights
 from cogvideox_factory.planning.fakes import GPU, HOST, FakeTracker, as_on_cuda, build
-from cogvideox_factory.planning.ranks import Weights
 from cogvideox_factory.planning.repeats import Calls, remember_blocks, remember_calls
 from cogvideox_factory.sampling import pipeline_in_memory, place
-from cogvideox_factory.training.ema import averaged, build_average
+from cogvideox_factory.training.ema import WeightAverage, averaged, build_average
+from cogvideox_factory.training.fp32_steps import held_weights
 from cogvideox_factory.training.loop import build_model, held_between_steps, optimizer_step
 from cogvideox_factory.training.optimizers import build_optimizer
 from cogvideox_factory.training.start_images import first_frame_decoder
@@ -180,12 +181,16 @@ def count_weights(options: Plan, checkpoint: Checkpoint) -> Weights:
     keeps_bf16 = options.optimizer.trainable_dtype == "bf16"
     attach(transformer, options.method, options.lora, options.seed, keeps_bf16=keeps_bf16)
     trained = trainable_parameters(transformer).values()
-    count = sum(parameter.numel() for parameter in trained)
+    blocks = transformer.transformer_blocks
+    count, whole, in_blocks = (
+        sum(one.numel() for one in some) for some in (trained, transformer.parameters(), blocks.parameters())
+    )
     return Weights(
-        count=sum(parameter.numel() for parameter in transformer.parameters()),
+        count=whole,
         trained=count,
         trained_bytes=sum(parameter.nbytes for parameter in trained),
         part="adapter" if is_lora(transformer) else "weights",
+        gathered=whole - in_blocks + 2 * in_blocks // len(blocks),
         average=0 if options.method.ema_decay is None else 4 * count,
     )
 
@@ -230,6 +235,8 @@ def begin_training(options: Plan, checkpoint: Checkpoint, transformer, tracker: 
     stepping.zero_grad()
     tracker.add(_states(optimizer), "optimizer")
     gc.collect()
+    if is_lora(transformer):  # of a checkpoint that is written while steps go on
+        tracker.host += _saved_bytes(trained, optimizer, average)
     return Training(Phase("training", {HELD: held}), list(trained.values()), scheduler, average, optimizer)
 
 
@@ -453,6 +460,15 @@ def _mark_text(text_encoder: torch.nn.Module, tracker: FakeTracker) -> None:
 
 def _tensors(module: torch.nn.Module) -> list[torch.Tensor]:
     return [*module.parameters(), *module.buffers()]
+
+
+def _saved_bytes(
+    trained: Mapping[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer, average: WeightAverage | None
+) -> int:
+    """What `Snapshot.num_bytes` gives of a LoRA: weights, states, the average, and once more as others load it."""
+    weights = list(held_weights(optimizer, trained).values())
+    saved = [*weights, *_states(optimizer), *(average.tensors() if average else ())]
+    return sum(tensor.numel() * tensor.element_size() for tensor in saved) + 4 * sum(map(torch.numel, weights))
 
 
 def _tell_gradient(parameter: torch.Tensor, tracker: MemoryTracker) -> None:

@@ -13,6 +13,7 @@ import torch
 from cogvideox_factory.config import Plan, option_values, with_values
 from cogvideox_factory.model.family import Checkpoint
 from cogvideox_factory.planning.depth import Stages, along_line, at_full_depth
+from cogvideox_factory.planning.engines import Weights, of_a_rank
 from cogvideox_factory.planning.fakes import fake_world
 from cogvideox_factory.planning.phases import (
     Phase,
@@ -26,7 +27,6 @@ from cogvideox_factory.planning.phases import (
     trace_validation,
     training_dtype,
 )
-from cogvideox_factory.planning.ranks import Weights, of_a_rank
 from cogvideox_factory.planning.repeats import Calls
 
 NAMES = ("preparing", "training", "validation", "testing")

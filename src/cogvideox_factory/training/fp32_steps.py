@@ -108,6 +108,12 @@ class Fp32Steps(torch.optim.Optimizer):
         """What is trained of a parameter of the model: its master, where it has one."""
         return parameter if self._is_filled_for_the_step(parameter) else self._stand_ins[parameter]
 
+    def set_held_weight(self, parameter: Parameter, value: torch.Tensor) -> None:
+        """Set what is trained of a parameter, and the parameter."""
+        held = self.held_weight(parameter).detach()
+        held.copy_(value)
+        parameter.detach().copy_(held)
+
     def backward_passes(self, batch: int, num_batches: int, limit: float) -> Iterator[None]:
         """Yields once for each forward and backward pass that a batch (0, 1, …) of a step takes, and sees to what
         becomes of its gradients. `limit` is the norm to which the step's gradients are clipped, or infinity.
@@ -320,9 +326,8 @@ def round_stochastically(values: torch.Tensor, generator: torch.Generator | None
 
 def held_weights(optimizer: torch.optim.Optimizer, parameters: Mapping[str, Parameter]) -> dict[str, torch.Tensor]:
     """Trained weights as the optimizer holds them: masters where there are any, else the model's own."""
-    if isinstance(optimizer, Fp32Steps):
-        return {name: optimizer.held_weight(parameter).detach() for name, parameter in parameters.items()}
-    return {name: parameter.detach() for name, parameter in parameters.items()}
+    hold: Callable[[Parameter], torch.Tensor] = getattr(optimizer, "held_weight", lambda parameter: parameter)
+    return {name: hold(parameter).detach() for name, parameter in parameters.items()}
 
 
 @torch.no_grad()
@@ -330,6 +335,8 @@ def set_weights(
     optimizer: torch.optim.Optimizer, parameters: Mapping[str, Parameter], values: Mapping[str, torch.Tensor]
 ) -> None:
     """Put saved `held_weights` back, into the masters and into the model."""
-    for name, held in held_weights(optimizer, parameters).items():
-        held.copy_(values[name])
-        parameters[name].copy_(held)
+    for name, parameter in parameters.items():
+        if hasattr(optimizer, "set_held_weight"):
+            optimizer.set_held_weight(parameter, values[name])
+        else:
+            parameter.copy_(values[name])

@@ -24,7 +24,14 @@ from cogvideox_factory.data.sampler import Sampler
 from cogvideox_factory.data.split import num_videos
 from cogvideox_factory.memory.set_aside import tensors_in
 from cogvideox_factory.memory.strategies import apply, check_memory
-from cogvideox_factory.model.adapters import attach, describe_method, export, find_export, trainable_parameters
+from cogvideox_factory.model.adapters import (
+    attach,
+    describe_method,
+    export,
+    find_export,
+    is_lora,
+    trainable_parameters,
+)
 from cogvideox_factory.model.denoiser import Denoiser, load_scheduler, load_transformer
 from cogvideox_factory.model.device import free_memory
 from cogvideox_factory.model.family import Checkpoint, open_checkpoint, with_conditioning
@@ -34,8 +41,18 @@ from cogvideox_factory.run_folder import set_aside_after
 from cogvideox_factory.stopping import Stopped, StopRequest, stop_requests
 from cogvideox_factory.training.checkpoint import TrainState
 from cogvideox_factory.training.ema import WeightAverage, averaged, build_average
-from cogvideox_factory.training.engine import make_accelerator, wrap
+from cogvideox_factory.training.engine import (
+    backward,
+    check_engine,
+    first_rank_says,
+    has_divided_weights,
+    has_masters,
+    is_fsdp,
+    make_accelerator,
+    wrap,
+)
 from cogvideox_factory.training.fp32_steps import held_weights
+from cogvideox_factory.training.gathering import gathered, part_of, whole_parameters
 from cogvideox_factory.training.held_out import HeldOutLoss
 from cogvideox_factory.training.hub import open_repository
 from cogvideox_factory.training.metrics import MemoryMeter, MetricsLog, finite_or_none
@@ -74,6 +91,7 @@ def train(options: Train, planned: Mapping[str, float] | None = None) -> Path:
     accelerator = make_accelerator(options, checkpoint)
     check_optimizer(options.optimizer, accelerator)
     check_memory(options, accelerator.num_processes, has_scaler=accelerator.scaler is not None)
+    check_engine(options, accelerator)
     device = accelerator.device
     check_data_sets(options)  # what is wrong with one as a whole is said before a folder is made
     trackers = Trackers(tracker_names if accelerator.is_main_process else (), options)
@@ -131,6 +149,7 @@ def train_steps(
     """All optimizer steps that are left, then what was trained in the run's folder. Raises Stopped after a signal."""
     assert options.output_dir is not None
     run, device, training = options.output_dir, accelerator.device, options.training
+    is_main = accelerator.is_main_process
     sampler = Sampler(
         [entry.bucket for entry in data.entries],
         training.train_batch_size,
@@ -140,35 +159,49 @@ def train_steps(
         training.drop_last,
     )
     dtype = checkpoint.dtype_for(training.mixed_precision, device)
-    transformer = build_model(options, checkpoint, dtype, device)
+    # FSDP2 brings each part to the device itself.
+    transformer = build_model(options, checkpoint, dtype, torch.device("cpu") if is_fsdp(accelerator) else device)
     scheduler = load_scheduler(checkpoint)
     denoiser = Denoiser(checkpoint, dtype)
     trained = trainable_parameters(transformer)
-    parameters = list(trained.values())
+    num_trained = sum(parameter.numel() for parameter in trained.values())
     average = build_average(trained, options.method.ema_decay)
 
+    def export_trained() -> None:
+        with whole_parameters(transformer, only_trained=is_lora(transformer), is_kept=is_main), together(stop):
+            if is_main:
+                with averaged(average):
+                    export(transformer, checkpoint, run)
+
     # How long the training is can depend on where it stands, and the course of the learning rate on how long it is.
-    raw_optimizer = build_optimizer(
-        parameters, options.optimizer, sampler.clips_per_step, in_backward=options.memory.optimizer_in_backward
+    model, optimizer = wrap(
+        accelerator,
+        transformer,
+        build_optimizer(
+            *(trained.values(), options.optimizer, sampler.clips_per_step),
+            in_backward=options.memory.optimizer_in_backward,
+            has_masters=has_masters(accelerator),
+        ),
     )
+    raw_optimizer = getattr(optimizer, "optimizer", optimizer)  # without what accelerate puts around it
+    trained = trainable_parameters(transformer)  # FSDP2 has others
+    parameters = list(trained.values())
     state = resume(options, checkpoint, transformer, raw_optimizer, accelerator, data.entries, sampler, average)
     steps_left = sampler.steps_left(state.position, training.num_train_epochs)
     num_steps = training.max_train_steps or state.step + steps_left
     schedule = schedule_at(state.step, raw_optimizer, options.optimizer, num_steps)
-    describe(checkpoint, options, data, held_out_data, parameters, num_steps, sampler, state)
+    describe(checkpoint, options, data, held_out_data, num_trained, num_steps, sampler, state)
     trackers.start_after(state.step, options)
     if state.step >= num_steps:
         logger.info("nothing left to train: this run is finished")
-        if accelerator.is_main_process and find_export(run) is None:
-            with averaged(average):
-                export(transformer, checkpoint, run)
+        if first_rank_says(accelerator, find_export(run) is None):
+            export_trained()
         return state
     if accelerator.is_main_process:  # only now: a run that is refused or finished keeps its own
         write_config(without_resume(options), run / "config.yaml")
         for name in ("checkpoints", "validation"):
             set_aside_after(run / name, state.step)
 
-    model, optimizer = wrap(accelerator, transformer, raw_optimizer)
     held_out = (
         HeldOutLoss(
             run,
@@ -203,24 +236,31 @@ def train_steps(
         with together(stop):
             if not are_finite(parameters):  # a loss can be finite once more when the weights are not
                 raise broken(f"weights are not finite after step {state.step}")
-            if accelerator.is_main_process:
+        held = gathered(raw_optimizer, is_kept=is_main)
+        with whole_parameters(transformer, only_trained=True, is_kept=is_main and is_lora(transformer)), together(stop):
+            if is_main:
                 state.scaler = accelerator.scaler.state_dict() if accelerator.scaler else {}
-                saver.save(state, transformer, raw_optimizer, average)
+                saver.save(state, transformer, held, average)
             else:
                 saver.saved_step = state.step  # which the first rank sees to
 
     first_step = saved_step = state.step
 
     def validate_if_due() -> None:
+        is_shared = has_divided_weights(accelerator)  # which take all ranks to make a video
+        is_due = first_rank_says(accelerator, validation.is_due(state.step, state.position.ended_epoch))
         with together(stop):
-            if not accelerator.is_main_process or not validation.is_due(state.step, state.position.ended_epoch):
+            if not is_due or not (is_main or is_shared):
                 return
             if state.step > first_step:
                 memory.record("memory_before_validation", memory.peak())
             memory.start_phase()
             with averaged(average):
-                held = held_between_steps(raw_optimizer, average)
-                validation.run_in_memory(state.step, transformer, scheduler, dtype, device, held)
+                held = None if has_masters(accelerator) else held_between_steps(raw_optimizer, average)
+                validation.run_in_memory(
+                    *(state.step, transformer, scheduler, dtype, device, held),
+                    is_shared=is_shared,
+                )
             free_memory()
             memory.record("memory_after_validation", memory.peak())
             memory.start_phase()
@@ -305,10 +345,7 @@ def train_steps(
             if failure:
                 raise RunError(f"{failure}. All {state.step} steps before are saved; then go on with: {go_on}")
             raise Stopped(f"stopped after step {state.step} of {num_steps}, all saved; go on with: {go_on}")
-    with together(stop):
-        if accelerator.is_main_process:
-            with averaged(average):
-                export(transformer, checkpoint, run)
+    export_trained()
     return state
 
 
@@ -361,7 +398,7 @@ def optimizer_step(
                 is_complete = not in_backward or not any_rank(accelerator, not math.isfinite(loss.item()))[0]
                 if not is_complete:
                     break
-                accelerator.backward(loss * accelerator.num_processes)
+                backward(accelerator, model, loss, is_last=is_last)
         total += loss.detach()
         clip_losses.append(losses.detach())
         if not is_complete:
@@ -398,7 +435,7 @@ def held_between_steps(optimizer: torch.optim.Optimizer, average: WeightAverage 
 @torch.no_grad()
 def are_finite(parameters: Iterable[torch.Tensor]) -> bool:
     """Whether every number in them is one."""
-    return bool(torch.stack([parameter.isfinite().all() for parameter in parameters]).all())
+    return bool(torch.stack([part_of(parameter).isfinite().all() for parameter in parameters]).all())
 
 
 def describe(
@@ -406,7 +443,7 @@ def describe(
     options: Train,
     data: TrainingData,
     held_out_data: TrainingData | None,
-    parameters: list[torch.nn.Parameter],
+    num_trained: int,
     num_steps: int,
     sampler: Sampler,
     state: TrainState,
@@ -418,7 +455,7 @@ def describe(
     logger.info(
         "method     %s, %s trainable parameters",
         describe_method(options.method, options.lora),
-        f"{sum(parameter.numel() for parameter in parameters):,}",
+        f"{num_trained:,}",
     )
     logger.info("clips      %s (frames × height × width)", sizes)
     if held_out_data:

@@ -19,6 +19,8 @@ from accelerate import Accelerator
 
 from cogvideox_factory.config import OptimizerOptions, UserError
 from cogvideox_factory.training.fp32_steps import Fp32Steps
+from cogvideox_factory.training.fsdp import DividedSteps
+from cogvideox_factory.training.zero import ZeroSteps
 
 logger = logging.getLogger(__name__)
 
@@ -147,11 +149,13 @@ def build_optimizer(
     clips_per_step: int,
     *,
     in_backward: bool = False,
+    has_masters: bool = False,
     class_of: Callable[[Kind], Callable[..., torch.optim.Optimizer]] = optimizer_class_of,
 ) -> torch.optim.Optimizer:
     """The optimizer that the options name; `clips_per_step` counts all ranks and accumulated batches.
 
     Parameters are fp32 or bf16; those in bf16 get fp32 masters or are rounded stochastically, as the options say.
+    `has_masters`: the engine puts fp32 weights of its own in the place of these parameters.
     `in_backward`: each is stepped within the backward pass, as `backward_passes` says.
     `class_of` gives the class; planning has stand-ins for those that need a GPU's kernels.
     """
@@ -165,11 +169,13 @@ def build_optimizer(
     rate = options.learning_rate * (clips_per_step if options.scale_lr else 1)
 
     def build(held: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
-        assert all(parameter.dtype == torch.float32 for parameter in held), "a weight would be trained in plain bf16"
+        assert has_masters or all(parameter.dtype == torch.float32 for parameter in held), (
+            "a weight would be trained in plain bf16"
+        )
         with contextlib.redirect_stdout(sys.stderr):  # Prodigy prints
             return optimizer_class(held, lr=rate, **arguments)
 
-    if (
+    if not has_masters and (
         in_backward
         or options.use_cpu_offload_optimizer
         or any(parameter.dtype != torch.float32 for parameter in parameters)
@@ -230,7 +236,11 @@ def clip_gradients(
     Those that were used up in the backward pass were scaled there, as `backward_passes` was told."""
     raw = getattr(optimizer, "optimizer", optimizer)
     norm = None
-    if isinstance(raw, Fp32Steps):
+    if isinstance(optimizer, ZeroSteps):
+        norm = optimizer.gradient_norm()
+    elif isinstance(optimizer, DividedSteps):
+        norm = optimizer.clip_gradients(limit)
+    elif isinstance(raw, Fp32Steps):
         norm = raw.norm_of_dropped_gradients()
         norm = raw.clip_host_gradients(limit) if norm is None else norm
     return accelerator.clip_grad_norm_(parameters, limit) if norm is None else norm

@@ -1,8 +1,8 @@
-"""Writes the checkpoints of a run beside its training, one at a time.
+"""Writes the checkpoints of a run, one at a time: those of a LoRA beside its training.
 
-The training waits while the tensors are copied on the host; hashing, writing and flushing, which take several times as
-long, are done by a thread. Where the copies would be large, as with full fine-tuning, nothing is copied and the
-training waits until all is written.
+A LoRA's training waits while its tensors are copied on the host; hashing, writing and flushing, which take longer, are
+done by a thread. Full fine-tuning has states of tens of GiB, for whose copies no host has the room: it waits until all
+is written, a tensor at a time.
 """
 
 from __future__ import annotations
@@ -19,22 +19,18 @@ from cogvideox_factory.training.ema import WeightAverage
 
 logger = logging.getLogger(__name__)
 
-# Copies on the host up to this size: a LoRA of rank 128 of the 5b models, with its states, has 2 GiB.
-MAX_COPIES = 4 * 1024**3
-
 
 class Saver:
-    """Saves a training's checkpoints: beside it within this object's context, at once outside of it.
+    """Saves a training's checkpoints: a LoRA's beside it, within this object's context; else at once.
 
     When the context ends, what is being written is waited for; `wait` then tells whether it failed.
     """
 
-    def __init__(self, run: Path, keep: int | None, last_step: int, max_copies: int = MAX_COPIES):
+    def __init__(self, run: Path, keep: int | None, last_step: int):
         """`keep` is how many checkpoints stay, if not all. `last_step` is that of the checkpoint from which the run
-        went on, 0 for none. `max_copies` in bytes."""
+        went on, 0 for none."""
         self.run = run
         self.keep = keep
-        self.max_copies = max_copies
         self.saved_step = last_step  # of the newest checkpoint that is complete
         self._thread: ThreadPoolExecutor | None = None
         self._writing: Future[None] | None = None
@@ -60,10 +56,10 @@ class Saver:
         """Save the present state. Raises RunError where it, or the one before, could not be written."""
         self.wait()
         snapshot = Snapshot.take(state, transformer, optimizer, average)
-        if self._thread is None or snapshot.num_bytes > self.max_copies:
-            self._write(snapshot)
-        else:
+        if self._thread is not None and snapshot.lora is not None:
             self._writing = self._thread.submit(self._write, snapshot.copied())
+        else:
+            self._write(snapshot)
 
     @property
     def has_failed(self) -> bool:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate import PartialState
 
 from cogvideox_factory.config import Train
 from cogvideox_factory.data.buckets import Bucket
@@ -42,15 +43,17 @@ logger = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
-def waiting(options: Train, transformer, held: Iterable[torch.Tensor], device: torch.device) -> Iterator[WhileDecoding]:
+def waiting(
+    options: Train, transformer, held: Iterable[torch.Tensor] | None, device: torch.device
+) -> Iterator[WhileDecoding]:
     """Where the options ask for it, what the training of a LoRA holds besides the model waits on the host meanwhile;
     what is given is to be entered while a video is decoded, when the model itself does.
 
-    A full fine-tuning stays: its states would take several times the model in the host's memory, and its steps need
-    far more of the GPU than a video.
+    Nothing does where `held` is None. A full fine-tuning stays: its states would take several times the model in the
+    host's memory, and its steps need far more of the GPU than a video.
     """
     asked = options.sampling.enable_model_cpu_offload or options.memory.resident_blocks is not None
-    if not (asked and is_lora(transformer)):
+    if held is None or not (asked and is_lora(transformer)):
         yield contextlib.nullcontext
         return
     with set_aside(held, device):
@@ -140,11 +143,15 @@ class Validation:
         scheduler,
         dtype: torch.dtype,
         device: torch.device,
-        held: Sequence[torch.Tensor] = (),
+        held: Sequence[torch.Tensor] | None = (),
+        *,
+        is_shared: bool = False,
     ) -> None:
         """Videos of the model as it is. It comes back in the mode it had, with nothing attached to it.
 
-        `held` is what else the training keeps on the device.
+        `held` is what else the training keeps on the device; None: an engine holds views of that and of the model, and
+        none of it may be moved. `is_shared`: every process calls this, as the model takes all of them; the first one
+        writes, and no signal cuts it short.
         """
         was_training = transformer.training
         with waiting(self.options, transformer, held, device) as while_decoding:
@@ -160,7 +167,12 @@ class Validation:
 
             transformer.eval()
             try:
-                self._write(step, make)
+                if is_shared:
+                    made = [make(video) for video in self.videos]
+                    if PartialState().is_main_process:
+                        self._write(step, dict(zip(self.videos, made, strict=True)).__getitem__)
+                else:
+                    self._write(step, make)
             finally:
                 transformer.train(was_training)
                 pipeline.vae = None  # before the rest of the training comes back

@@ -11,7 +11,7 @@ from cogvideox_factory.command_line import parse_command
 from cogvideox_factory.config import Plan, UserError, with_values
 from cogvideox_factory.memory.tracker import PARTS, Moment
 from cogvideox_factory.planning import open_configs, resolve
-from cogvideox_factory.planning.ranks import Weights, of_a_rank
+from cogvideox_factory.planning.engines import Weights, of_a_rank
 from cogvideox_factory.planning.texts import GIB, budget_of
 from cogvideox_factory.planning.traces import Traces
 
@@ -27,8 +27,12 @@ def one(stage: Moment, engine: str, num_ranks: int, weights: Weights) -> Moment:
     return of_a_rank({"it": stage}, engine, num_ranks, weights)["it"]
 
 
-FULL = Weights(count=100 * MILLION, trained=100 * MILLION, trained_bytes=200 * MILLION, part="weights")
-LORA = Weights(count=105 * MILLION, trained=5 * MILLION, trained_bytes=20 * MILLION, part="adapter")
+FULL = Weights(
+    count=100 * MILLION, trained=100 * MILLION, trained_bytes=200 * MILLION, part="weights", gathered=10 * MILLION
+)
+LORA = Weights(
+    count=105 * MILLION, trained=5 * MILLION, trained_bytes=20 * MILLION, part="adapter", gathered=10 * MILLION
+)
 # Full fine-tuning in bf16 with fp32 masters and states, while it goes backward and between steps.
 FULL_STEP = moment(weights=200 * MILLION, gradients=200 * MILLION, optimizer=1200 * MILLION, activations=7, host=3)
 FULL_HELD = moment(weights=200 * MILLION, optimizer=1200 * MILLION)
@@ -62,21 +66,33 @@ def test_zero2_holds_a_lora_in_16_bits() -> None:
 
 
 def test_a_bucket_of_deepspeed_has_a_limit() -> None:
-    large = Weights(count=5000 * MILLION, trained=5000 * MILLION, trained_bytes=10_000 * MILLION, part="weights")
+    large = Weights(
+        count=5000 * MILLION, trained=5000 * MILLION, trained_bytes=10_000 * MILLION, part="weights", gathered=0
+    )
     stage = moment(weights=10_000 * MILLION)
-    assert one(stage, "zero2", 10, large).parts["gradients"] == (5000 // 10 * 4 + 500 * 6) * MILLION
+    assert one(stage, "zero2", 10, LARGE).parts["gradients"] == (5000 // 10 * 4 + 500 * 6) * MILLION
 
 
 def test_zero3_divides_the_weights_too_and_keeps_its_parts_on_the_host() -> None:
-    large = Weights(count=5000 * MILLION, trained=5000 * MILLION, trained_bytes=10_000 * MILLION, part="weights")
+    large = Weights(
+        count=5000 * MILLION, trained=5000 * MILLION, trained_bytes=10_000 * MILLION, part="weights", gathered=0
+    )
     stage = moment(weights=10_000 * MILLION + 9, optimizer=60_000 * MILLION, host=5)
-    rank = one(stage, "zero3", 10, large)
+    rank = one(stage, "zero3", 10, LARGE)
     assert rank.parts["weights"] == 2 * 1000 * MILLION + 9  # what lives at a time, and the VAE
     assert rank.parts["optimizer"] == 0
     assert rank.host == 5 + (2 + 4 + 12) * 5000 * MILLION // 10
     rank = one(LORA_STEP, "zero3", 5, LORA)
     assert rank.parts["weights"] == 210 * MILLION and rank.parts["adapter"] == 0
     assert rank.host == (105 * 2 + 5 * 16) * MILLION // 5
+
+
+def test_fsdp2_keeps_a_rank_s_parts_and_the_blocks_at_work() -> None:
+    rank = one(FULL_STEP, "fsdp2", 4, FULL)
+    assert rank.parts["weights"] == (100 // 4 * 4 + 10 * 2) * MILLION
+    assert rank.parts["optimizer"] == 100 // 4 * 8 * MILLION and rank.parts["gradients"] == 100 // 4 * 4 * MILLION
+    rank = one(LORA_STEP, "fsdp2", 5, LORA)
+    assert rank.parts["weights"] == (100 // 5 * 2 + 5 // 5 * 4 + 10 * 2) * MILLION and rank.parts["adapter"] == 0
 
 
 def test_the_plan_is_of_one_rank(tiny_model: Path) -> None:
