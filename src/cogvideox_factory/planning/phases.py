@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from accelerate.utils import DistributedType
 
 from cogvideox_factory.config import Plan, SamplingOptions, Train
 from cogvideox_factory.data.buckets import Bucket
@@ -360,6 +361,7 @@ class OneProcess:
 
     num_processes = 1
     scaler = None
+    distributed_type = DistributedType.NO
 
     def __init__(self, device: torch.device):
         self.device = device
