@@ -362,6 +362,7 @@ class OneProcess:
     num_processes = 1
     distributed_type = DistributedType.NO
     scaler = None
+    distributed_type = DistributedType.NO
 
     def __init__(self, device: torch.device):
         self.device = device
