@@ -26,7 +26,7 @@ from cogvideox_factory.resolve import check_positions, check_text_length, resolv
 from cogvideox_factory.run_folder import list_checkpoints
 from cogvideox_factory.sampling import resolve_sampling
 from cogvideox_factory.training.optimizers import resolve_optimizer_options
-from cogvideox_factory.training.start_images import split, with_absolute_images
+from cogvideox_factory.training.start_images import split, with_absolute_images, with_kept_images
 
 logger = logging.getLogger(__name__)
 
@@ -162,9 +162,15 @@ def tell_ignored(options: Train, settings: Mapping[str, Any]) -> None:
         )
 
 
-def without_resume(options: Train) -> Train:
-    """Options as they are written down: to repeat a run is not to go on from what it went on from."""
-    return dataclasses.replace(options, training=dataclasses.replace(options.training, resume_from_checkpoint=None))
+def as_written_down(options: Train) -> Train:
+    """Resolved options for config.yaml: to repeat a run is not to go on from what it went on from, and whoever reads
+    the file gets no access to what the run had access to."""
+    assert options.output_dir is not None
+    return dataclasses.replace(
+        options,
+        training=dataclasses.replace(options.training, resume_from_checkpoint=None),
+        validation=with_kept_images(options.output_dir, options.validation),
+    )
 
 
 def claim_run_folder(run: Path, options: Train, base: Path) -> None:
