@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
+import functools
 import gc
 import json
 import math
@@ -55,6 +56,7 @@ from cogvideox_factory.demo.clips import PROMPTS, render_clips
 from cogvideox_factory.demo.tiny_model import build_tiny_pipeline
 
 NUM_CLIPS, NUM_STEPS, STOPPED_AFTER = 4, 12, 8
+DAMAGED = {"prepare": "the prepared set, which is then trained on", "train": "the newest checkpoint"}
 HANG_SECONDS = 120
 SLOW_SECONDS = 0.002  # a piece, of which there are hundreds
 TIMES_OF_A_STEP = ("step_seconds", "data_seconds", "memory_gib", "seconds")
@@ -68,9 +70,9 @@ FAULTS = {
     "full": "disk full from a random write on",
     "tmpfs": "small tmpfs that is full",
     "file_size": "limit of a file's size",
-    "damage": "a bit of a file flipped, in every region of it",
-    "truncate": "a file cut short",
-    "delete": "a file deleted",
+    "damage": "a bit flipped in every region of every file of {}",
+    "truncate": "a file of {} cut short",
+    "delete": "a file of {} deleted",
 }
 SIGNALS = {"kill": signal.SIGKILL, "sigterm": signal.SIGTERM, "sigint": signal.SIGINT, "sigusr1": signal.SIGUSR1}
 
@@ -122,9 +124,11 @@ def _be_the_program(arguments: Sequence[str], log: Path, before: Callable[[], No
         os._exit(code)
 
 
-def wait(child: int, seconds: float = math.inf) -> int | None:
+def wait(child: int, seconds: float = math.inf, on_time: Callable[[float], None] = lambda used: None) -> int | None:
     """Exit code of a child, minus the signal's number where one ended it; None where it runs on after these seconds
-    of its own processor time, which mean the same on a machine that is also doing other work."""
+    of its own processor time, which mean the same on a machine that is also doing other work.
+
+    `on_time` is told of that time now and then."""
     process, started = psutil.Process(child), time.monotonic()
     while True:
         finished, status = os.waitpid(child, os.WNOHANG)
@@ -135,14 +139,15 @@ def wait(child: int, seconds: float = math.inf) -> int | None:
             os.waitpid(child, 0)
             raise Lost(f"hangs: not over after {HANG_SECONDS} s")
         with contextlib.suppress(psutil.Error):  # it has just ended
-            used = process.cpu_times()
-            if used.user + used.system >= seconds:
+            used = process.cpu_times().user + process.cpu_times().system
+            on_time(used)
+            if used >= seconds:
                 return None
         time.sleep(0.005)
 
 
-def run_to_its_end(arguments: Sequence[str], log: Path, before: Callable[[], None] = lambda: None) -> int:
-    code = wait(fork(arguments, log, before))
+def run_to_its_end(arguments: Sequence[str], log: Path, before: Callable[[], None] = lambda: None, **watch: Any) -> int:
+    code = wait(fork(arguments, log, before), **watch)
     assert code is not None
     return code
 
@@ -209,9 +214,7 @@ class Bench:
         self.seconds: dict[str, float] = {}
         self.num_pieces: dict[str, int] = {}
         for command, folder in (("prepare", self.prepared), ("train", work / "trained" / "run")):
-            before = used_by_children()
-            self._reference(command, folder, lambda: None)
-            self.seconds[command] = used_by_children() - before
+            self._reference(command, folder, lambda: None, on_time=functools.partial(self.seconds.__setitem__, command))
             self.expected[command] = self.content(command, folder)
             self.num_pieces[command] = self._count_pieces(command)
         self.stopped = self._stopped_run()
@@ -236,9 +239,9 @@ class Bench:
         (self.clips / "videos.txt").write_text("\n".join(names))
         (self.clips / "prompts.txt").write_text("\n".join(PROMPTS[:NUM_CLIPS]))
 
-    def _reference(self, command: str, folder: Path, before: Callable[[], None]) -> None:
+    def _reference(self, command: str, folder: Path, before: Callable[[], None], **watch: Any) -> None:
         log = self.work / f"reference-{command}.log"
-        if run_to_its_end(self.arguments(command, folder), log, before):
+        if run_to_its_end(self.arguments(command, folder), log, before, **watch):
             raise SystemExit(f"{command} fails without any fault:\n{log.read_text()}")
 
     def _count_pieces(self, command: str) -> int:
@@ -312,15 +315,15 @@ class Bench:
 
     # Rounds
 
-    def go_on(self, round: Round, folder: Path, log: Path, prepared: Path | None = None) -> None:
+    def go_on(self, round: Round, command: str, folder: Path, log: Path, prepared: Path | None = None) -> None:
         """The same command without the fault, which must end with the reference's content."""
-        if "Traceback" in log.read_text() if log.exists() else False:
+        if log.exists() and "Traceback" in log.read_text():
             raise Lost(f"a traceback: {last_line(log)}")
-        code = run_to_its_end(self.again(round.command, folder, prepared), log)
+        code = run_to_its_end(self.again(command, folder, prepared), log)
         round.codes.append(code)
         if code:
             raise Lost(f"does not go on, exit code {code}: {last_line(log)}")
-        compare(self.content(round.command, folder), self.expected[round.command])
+        compare(self.content(command, folder), self.expected[command])
 
     def interrupt(self, round: Round, folder: Path, log: Path, position: float) -> None:
         """A signal after a share of the processor time that the run takes."""
@@ -394,7 +397,7 @@ class Bench:
         if code:
             self._check_refusal(code, log, name)
             shutil.rmtree(folder / "checkpoints" / name)
-            self.go_on(round, folder, log)
+            self.go_on(round, "train", folder, log)
         elif name not in log.read_text():
             raise Lost("the damage is not told")
         compare(self.content("train", folder), self.expected["train"])
@@ -413,9 +416,8 @@ class Bench:
             self._check_refusal(code, log, file.rpartition("/")[2])
             if "delete" in log.read_text():
                 (prepared / file).unlink(missing_ok=True)
-            round.codes.append(run_to_its_end(self.arguments("prepare", prepared), log))
-            compare(self.content("prepare", prepared), self.expected["prepare"])
-            self.go_on(round, folder, log, prepared)
+            self.go_on(round, "prepare", prepared, log)
+            self.go_on(round, "train", folder, log, prepared)
         compare(self.content("train", folder), self.expected["train"])
         shutil.rmtree(folder.parent)
 
@@ -450,7 +452,7 @@ class Bench:
         log.unlink(missing_ok=True)
         try:
             strike(round, folder, log, position)
-            self.go_on(round, folder, log)
+            self.go_on(round, command, folder, log)
         except Lost as lost:
             round.lost = str(lost)
         finally:
@@ -519,7 +521,9 @@ def table(result: dict[str, Any]) -> str:
     lines = ["| command | what happens | tried | survived | lost |", "|---|---|---|---|---|"]
     for (command, fault), rounds in rows.items():
         lost = sum(round["lost"] is not None for round in rounds)
-        lines.append(f"| `{command}` | {FAULTS[fault]} | {len(rounds)} | {len(rounds) - lost} | {lost} |")
+        lines.append(
+            f"| `{command}` | {FAULTS[fault].format(DAMAGED[command])} | {len(rounds)} | {len(rounds) - lost} | {lost} |"
+        )
     lost = sum(round["lost"] is not None for round in result["rounds"])
     total = len(result["rounds"])
     lines.append(f"| | **all of them** | {total} | {total - lost} | **{lost}** |")
