@@ -521,9 +521,8 @@ def table(result: dict[str, Any]) -> str:
     lines = ["| command | what happens | tried | survived | lost |", "|---|---|---|---|---|"]
     for (command, fault), rounds in rows.items():
         lost = sum(round["lost"] is not None for round in rounds)
-        lines.append(
-            f"| `{command}` | {FAULTS[fault].format(DAMAGED[command])} | {len(rounds)} | {len(rounds) - lost} | {lost} |"
-        )
+        what = FAULTS[fault].format(DAMAGED[command])
+        lines.append(f"| `{command}` | {what} | {len(rounds)} | {len(rounds) - lost} | {lost} |")
     lost = sum(round["lost"] is not None for round in result["rounds"])
     total = len(result["rounds"])
     lines.append(f"| | **all of them** | {total} | {total - lost} | **{lost}** |")
