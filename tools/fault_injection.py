@@ -19,6 +19,7 @@ import contextlib
 import datetime
 import functools
 import gc
+import hashlib
 import json
 import math
 import os
@@ -188,6 +189,9 @@ def content_of_run(folder: Path) -> dict[str, Any]:
     found["config.yaml"] = {name: value for name, value in config.items() if name not in ("output_dir", "data_root")}
     last = folder / "checkpoints" / f"step-{NUM_STEPS:08}"
     found |= {f"{last.name}/{path.name}": content_of(path) for path in sorted(last.iterdir())}
+    for name, promised in json.loads(found.pop(f"{last.name}/manifest.json"))["files"].items():
+        if hashlib.sha256((last / name).read_bytes()).hexdigest() != promised["sha256"]:
+            raise Lost(f"ends with a manifest that {name} does not match")
     return found
 
 
@@ -567,6 +571,8 @@ def main() -> int:
     with contextlib.ExitStack() as stack:
         work = options.work or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         work.mkdir(parents=True, exist_ok=True)
+        if any(work.iterdir()):
+            parser.error(f"--work {work}: is not empty")
         kinds = [kind for kind in options.kinds if kind != "tmpfs" or may_mount(work)]
         for kind in set(options.kinds) - set(kinds):
             print(f"left out: {FAULTS[kind]}; this user may not mount one")

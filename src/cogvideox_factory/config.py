@@ -778,10 +778,10 @@ def _is_secret(annotation: Any) -> bool:
     return annotation is Secret or any(_is_secret(part) for part in typing.get_args(annotation))
 
 
-def write_config(options: Command, path: Path) -> None:
+def config_text(options: Command) -> str:
     """Every option but secrets, and the version that wrote it, as YAML that `--config` takes back."""
     values = plain_values(options)
-    path.write_text(yaml.safe_dump({"version": __version__, **values}, sort_keys=False, allow_unicode=True))
+    return yaml.safe_dump({"version": __version__, **values}, sort_keys=False, allow_unicode=True)
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from accelerate import Accelerator
 
-from cogvideox_factory.config import RunError, Train, write_config
+from cogvideox_factory.config import RunError, Train
 from cogvideox_factory.data.loader import StepBatches, load_steps
 from cogvideox_factory.data.sampler import Sampler
 from cogvideox_factory.data.split import num_videos
@@ -51,7 +51,7 @@ from cogvideox_factory.training.optimizers import (
 )
 from cogvideox_factory.training.resuming import resume, schedule_at
 from cogvideox_factory.training.run_data import TrainingData, check_data_sets, clips_of, prepare_data
-from cogvideox_factory.training.run_options import as_written_down, claim_run_folder, resolve_options
+from cogvideox_factory.training.run_options import claim_run_folder, resolve_options, write_config
 from cogvideox_factory.training.saving import Saver
 from cogvideox_factory.training.skipping import SkippedSteps, told
 from cogvideox_factory.training.start_images import open_start_images
@@ -164,7 +164,7 @@ def train_steps(
                 export(transformer, checkpoint, run)
         return state
     if accelerator.is_main_process:  # only now: a run that is refused or finished keeps its own
-        write_config(as_written_down(options), run / "config.yaml")
+        write_config(options)
         for name in ("checkpoints", "validation"):
             set_aside_after(run / name, state.step)
 

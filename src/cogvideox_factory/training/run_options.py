@@ -15,8 +15,16 @@ from typing import Any
 
 import torch
 
-from cogvideox_factory.config import DataOptions, EncodingOptions, HeldOutOptions, Train, UserError, ValidationOptions
-from cogvideox_factory.data.files import make_output_folder
+from cogvideox_factory.config import (
+    DataOptions,
+    EncodingOptions,
+    HeldOutOptions,
+    Train,
+    UserError,
+    ValidationOptions,
+    config_text,
+)
+from cogvideox_factory.data.files import make_output_folder, write_durably
 from cogvideox_factory.data.store import PreparedSet
 from cogvideox_factory.model.adapters import check_method, check_names, find_export, needs_bf16
 from cogvideox_factory.model.family import Checkpoint
@@ -160,6 +168,12 @@ def tell_ignored(options: Train, settings: Mapping[str, Any]) -> None:
             "%s: without effect here, the set given with --load_tensors is trained on as it was prepared",
             " ".join(ignored),
         )
+
+
+def write_config(options: Train) -> None:
+    """Write config.yaml of a run, from its resolved options."""
+    assert options.output_dir is not None
+    write_durably(options.output_dir / "config.yaml", config_text(as_written_down(options)).encode())
 
 
 def as_written_down(options: Train) -> Train:
