@@ -13,7 +13,7 @@ import torch
 import yaml
 
 from cogvideox_factory.command_line import parse_command
-from cogvideox_factory.config import Plan, Train, UserError, write_config
+from cogvideox_factory.config import Plan, Train, UserError, config_text
 from cogvideox_factory.data.store import Entry, PreparedSet
 from cogvideox_factory.memory.tracker import PARTS, Moment
 from cogvideox_factory.planning import before_training
@@ -170,7 +170,7 @@ def test_a_run_that_goes_on_keeps_the_form_of_its_states(
     run = tmp_path / "run"
     flags = ("--training_type", "sft", "--use_8bit", "--feed_forward_chunks", "4")
     run.mkdir()
-    write_config(train_options(tiny_model, prepared_folder, *flags), run / "config.yaml")
+    (run / "config.yaml").write_text(config_text(train_options(tiny_model, prepared_folder, *flags)))
     resumed = ("--training_type", "sft", "--resume_from_checkpoint", "latest", "--output_dir", str(run), "--fit")
     options, _ = plan_training(train_options(tiny_model, prepared_folder, *resumed, "--gpu_memory", "4"))
     assert options.optimizer.use_8bit and options.memory.feed_forward_chunks == 4
