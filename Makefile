@@ -18,6 +18,7 @@ check: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python tools/audit_dependencies.py
 
 format: install
 	$(BIN)/ruff check --fix .

@@ -16,8 +16,8 @@ from cogvideox_factory.config import (
     Sample,
     Train,
     UserError,
+    config_text,
     option_values,
-    write_config,
 )
 
 REQUIRED = ["--pretrained_model_name_or_path", "m", "--data_root", "d", "--output_dir", "o"]
@@ -58,12 +58,12 @@ def test_yaml_gives_required_options(tmp_path: Path) -> None:
 
 def test_what_is_written_is_read_back_equal(tmp_path: Path) -> None:
     options = parse("--validation_prompt", 'a: b ::: --no, "quoted" 猫', "--frame_buckets", "17", "49", "--fps", "8")
-    write_config(options, tmp_path / "config.yaml")
+    (tmp_path / "config.yaml").write_text(config_text(options))
     assert parse_command(Train, "train", ["--config", str(tmp_path / "config.yaml")]) == options
 
 
 def test_config_yaml_holds_every_option_and_the_version(tmp_path: Path) -> None:
-    write_config(parse(), tmp_path / "config.yaml")
+    (tmp_path / "config.yaml").write_text(config_text(parse()))
     content = yaml.safe_load((tmp_path / "config.yaml").read_text())
     assert content.pop("version")
     assert list(content) == [name for name in option_values(parse()) if name != "hub_token"]

@@ -14,12 +14,13 @@ PACKAGE = Path(cogvideox_factory.__file__).parent
 # What a part may import besides itself, the standard library and other packages.
 ALLOWED: dict[str, set[str]] = {
     "": set(),  # the package's own __init__: version and map
-    "config": {""},
-    "command_line": {"", "config"},
+    "redaction": set(),
+    "config": {"", "redaction"},
+    "command_line": {"", "config", "redaction"},
     "stopping": set(),
-    "progress": set(),
+    "progress": {"redaction"},
     "ranks": {"config", "stopping"},
-    "data": {"config", "progress", "stopping"},
+    "data": {"config", "progress", "redaction", "stopping"},
     "run_folder": {"data"},
     "model": {"", "config", "progress", "stopping"},
     "memory": {"config", "data", "model", "progress", "stopping"},
@@ -31,13 +32,13 @@ ALLOWED: dict[str, set[str]] = {
     "inspection": {
         *("config", "contact_sheet", "data", "model", "pictures", "problems", "progress", "resolve", "stopping"),
     },
-    "sampling": {"run_folder", "config", "data", "model", "memory", "progress", "resolve", "stopping"},
+    "sampling": {"run_folder", "config", "data", "model", "memory", "progress", "redaction", "resolve", "stopping"},
     "training": {
         *("run_folder", "config", "data", "model", "memory", "prepare", "resolve", "sampling", "progress", "ranks"),
-        "stopping",
+        *("redaction", "stopping"),
     },
     "planning": {"config", "data", "model", "memory", "prepare", "sampling", "training", "progress", "stopping"},
-    "report": {"config"},
+    "report": {"config", "redaction"},
     "demo": {"config", "data"},
     "cli": {
         *("", "config", "command_line", "demo", "inspection", "prepare", "sampling", "training", "planning", "report"),

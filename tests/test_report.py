@@ -655,6 +655,29 @@ def test_configuration_is_complete_but_for_secrets(tmp_path: Path) -> None:
     assert "hf_secret" not in (tmp_path / "run/report.html").read_text("utf-8")
 
 
+def test_a_signed_address_is_shown_without_what_gives_access(tmp_path: Path) -> None:
+    images = "https://u:pass@a.example/b.png?X-Amz-Signature=0a1b:::https://c.example/d.png"
+    page = page_of(make_run(tmp_path / "run", validation_images=images, extra=[images], hidden="hf_secret"))
+    rows = dict(page.section("Configuration").table_rows())
+    assert rows["validation_images"] == "https://a.example/b.png?…:::https://c.example/d.png"
+    assert rows["hidden"] == "hf_…"
+    written = (tmp_path / "run/report.html").read_text("utf-8")
+    assert not [secret for secret in ("0a1b", "pass@", "hf_secret") if secret in written]
+
+
+@pytest.mark.parametrize("text", ["<img src=x onerror=alert(1)>", "</td><script>alert(1)</script>", 'x" onload="y'])
+def test_no_caption_or_file_name_becomes_markup(tmp_path: Path, text: str) -> None:
+    run = make_run(tmp_path / "run", validation_prompt=text)
+    add_metrics(run, [1.0])
+    add_videos(run, 0, (text, 1, b"zero"))
+    add_prepared(run / "prepared", [[49, 480, 720]], [{"path": f"{text}.mp4".replace("/", ""), "reason": text}])
+    page = page_of(run)
+    assert len(page.all("script")) == 1 and page.all("img") == []
+    assert not [node for node in page.all("article") + page.all("td") + page.all("p") if "onload" in node.attributes]
+    assert text in page.section("Before").all("article")[0].text
+    assert page.section("Problems").table_rows() == [[f"{text}.mp4".replace("/", ""), text]]
+
+
 def test_name_that_is_not_unicode(run: Path) -> None:
     add_videos(run, 0, ("\ud800", 1, b"zero"))
     assert page_of(run).section("Before").all("article")[0].text.strip().startswith("?")

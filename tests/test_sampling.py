@@ -30,7 +30,7 @@ from cogvideox_factory.config import (
     TextEncoderOptions,
     Train,
     UserError,
-    write_config,
+    config_text,
 )
 from cogvideox_factory.data.buckets import Bucket
 from cogvideox_factory.data.manifest import seal
@@ -106,7 +106,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, checkpoint: Checkpoint) ->
     """A run with a final LoRA and two checkpoints, each with a LoRA of its own."""
     run = tmp_path_factory.mktemp("run")
     options = train_options(checkpoint, *SIZE, "--max_sequence_length", "16")
-    write_config(options, run / "config.yaml")
+    (run / "config.yaml").write_text(config_text(options))
     save_lora(with_lora(checkpoint, 1), run)
     for step in (2, 10):
         save_lora(with_lora(checkpoint, step), run / "checkpoints" / f"step-{step:08}")

@@ -42,7 +42,8 @@ A clip becomes latents once; a batch of latents becomes a loss. The map, in the 
     report.py           run folder → report.html
     run_folder.py       where a run keeps its checkpoints and videos
     progress.py         progress bars
-    stopping.py         Ctrl-C and SIGTERM as a request to finish the step and save
+    stopping.py         Ctrl-C, SIGTERM and SIGUSR1 as a request to finish the step and save
+    ranks.py            what several processes do together: wait, stop, fail
     demo/               a tiny model and rendered clips
     cli.py              the commands
 

@@ -28,8 +28,8 @@ from cogvideox_factory.config import (
     option_values,
     read_config,
     walk_options,
-    without_tokens,
 )
+from cogvideox_factory.redaction import without_secrets
 
 AnyCommand = TypeVar("AnyCommand")
 
@@ -83,16 +83,17 @@ def _parse(command_class: type[AnyCommand], name: str, arguments: list[str]) -> 
 
 
 def _without_secrets(arguments: Sequence[str]) -> list[str]:
-    """Arguments without what looks like a token, and without the values of flags whose names are like --hub_token."""
+    """Arguments without tokens and signatures of addresses, and without the values of flags whose names are like
+    --hub_token."""
     shown: list[str] = []
     is_secret = False
     for argument in arguments:
         if argument.startswith("--"):
             flag, equals, _ = argument.partition("=")
             is_secret = _is_like_hub_token(flag[2:].replace("-", "_").lower())
-            shown.append(f"{flag}=…" if equals and is_secret else without_tokens(argument))
+            shown.append(f"{flag}=…" if equals and is_secret else without_secrets(argument))
         else:
-            shown.append("…" if is_secret else without_tokens(argument))
+            shown.append("…" if is_secret else without_secrets(argument))
     return shown
 
 
@@ -206,4 +207,4 @@ def overview() -> str:
 
 def print_error(message: str) -> None:
     """One line for a person, on standard error."""
-    print(f"cogvideox-factory: error: {message}", file=sys.stderr)
+    print(f"cogvideox-factory: error: {without_secrets(message)}", file=sys.stderr)

@@ -15,7 +15,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-import re
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,6 +26,7 @@ import tyro
 import yaml
 
 from cogvideox_factory import __version__
+from cogvideox_factory.redaction import remember_token, without_secrets
 
 
 class UserError(Exception):
@@ -84,17 +84,13 @@ class Secret:
 
     def __init__(self, value: str):
         self._value = value
+        remember_token(value)
 
     def reveal(self) -> str:
         return self._value
 
     def __repr__(self) -> str:
         return "Secret(…)"
-
-
-def without_tokens(text: str) -> str:
-    """A text for messages, without what looks like a token of the Hugging Face Hub."""
-    return re.sub(r"hf_\w+", "hf_…", text)
 
 
 # Optional values are spelled by what one types, not as "{None}|STR".
@@ -655,9 +651,10 @@ class Plan(Train):
     """Processes that share the training, each with a GPU; the figures are those of one of them."""
     num_machines: Annotated[int, AtLeast(1)] = 1
     """Machines that the processes are spread over; those of one machine share its memory."""
-    engine: Literal["ddp", "zero2", "zero3"] = "ddp"
-    """What they divide. ddp: nothing but the clips. zero2 (DeepSpeed): also gradients, optimizer states and fp32
-    weights. zero3: also the weights, all of it offloaded to the machine as accelerate_configs/ has it."""
+    engine: Literal["ddp", "zero2", "zero3", "fsdp2"] = "ddp"
+    """What they divide, as the files of accelerate_configs/ have it. ddp: nothing but the clips. zero2 (DeepSpeed):
+    also gradients, optimizer states and fp32 weights. zero3: also the weights, and all of it waits on the host. fsdp2:
+    all of it on the GPUs."""
     json: bool = False
     """Print one JSON object on standard output, for programs."""
 
@@ -782,10 +779,10 @@ def _is_secret(annotation: Any) -> bool:
     return annotation is Secret or any(_is_secret(part) for part in typing.get_args(annotation))
 
 
-def write_config(options: Command, path: Path) -> None:
+def config_text(options: Command) -> str:
     """Every option but secrets, and the version that wrote it, as YAML that `--config` takes back."""
     values = plain_values(options)
-    path.write_text(yaml.safe_dump({"version": __version__, **values}, sort_keys=False, allow_unicode=True))
+    return yaml.safe_dump({"version": __version__, **values}, sort_keys=False, allow_unicode=True)
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -795,7 +792,7 @@ def read_config(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"--config {path}: {error.strerror or error}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = without_tokens(str(error))  # YAML's messages quote the line
+        reason = without_secrets(str(error))  # YAML's messages quote the line
         raise UserError(f"--config {path}: not valid YAML: {reason}") from error
     if not isinstance(content or {}, dict):
         raise UserError(f"--config {path}: a mapping of options is needed, such as `rank: 64`")

@@ -9,12 +9,14 @@ from typing import Any
 
 from tqdm import tqdm
 
+from cogvideox_factory.redaction import without_secrets
+
 
 class AboveBarHandler(logging.Handler):
     """Writes log lines to standard error, above a bar that is being drawn there."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stderr)
+        tqdm.write(without_secrets(self.format(record)), file=sys.stderr)
 
 
 def progress_bar(

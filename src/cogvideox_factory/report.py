@@ -24,6 +24,7 @@ from typing import Any
 import yaml
 
 from cogvideox_factory.config import UserError
+from cogvideox_factory.redaction import without_secrets
 
 Points = list[tuple[float, float]]  # (step, value)
 SampleKey = tuple[str, str, int]  # prompt, seed, how many of the same came before it in prompts.json
@@ -418,7 +419,7 @@ def _problems_section(skipped_clips: Any, skipped_steps: list[dict[str, Any]], n
 
 def _config_section(config: dict[str, Any]) -> str:
     rows = [
-        [name, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)]
+        [name, without_secrets(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str))]
         for name, value in config.items()
         if name not in SECRET_OPTIONS
     ]

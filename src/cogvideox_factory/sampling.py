@@ -52,6 +52,7 @@ from cogvideox_factory.model.device import default_device, free_memory
 from cogvideox_factory.model.encoders import load_vae, spare_memory, tell_if_cut
 from cogvideox_factory.model.family import Checkpoint, open_checkpoint, with_conditioning
 from cogvideox_factory.model.pipeline_folder import is_pipeline
+from cogvideox_factory.redaction import without_secrets
 from cogvideox_factory.resolve import check_positions
 from cogvideox_factory.run_folder import checkpoint_folder, step_folders, step_of
 
@@ -335,7 +336,7 @@ def run(options: Sample) -> dict[str, Any]:
     return {
         "output": str(options.output),
         "prompt": options.prompt,
-        **({"image": options.image} if options.image else {}),
+        **({"image": without_secrets(options.image)} if options.image else {}),
         "seed": options.seed,
         "model": checkpoint.name,
         "lora": str(trained) if trained and holds_lora(trained) else None,

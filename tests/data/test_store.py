@@ -327,6 +327,8 @@ def test_a_folder_that_is_no_prepared_set_is_named(tmp_path: Path) -> None:
             with pytest.raises(UserError, match="is not a prepared set") as caught:
                 read()
             assert str(folder) in str(caught.value)
+            for name in ("index.jsonl", "settings.json"):
+                assert (f"no {name}" in str(caught.value)) == (missing in (name, "both"))
     with pytest.raises(UserError, match="is not a prepared set"):
         PreparedSet(tmp_path / "nowhere").read_index()
 

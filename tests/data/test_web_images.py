@@ -20,7 +20,7 @@ import pytest
 from PIL import Image
 
 from cogvideox_factory.config import UserError
-from cogvideox_factory.data.web_images import FORMATS, Limits, fetch_image, is_public, redacted
+from cogvideox_factory.data.web_images import FORMATS, Limits, fetch_image, is_public
 
 Answer = Callable[[BaseHTTPRequestHandler], None]
 
@@ -271,6 +271,16 @@ def test_a_server_that_says_nothing_is_cut_off(server: Server) -> None:
         fetch(server.at("/image"), seconds=0.2)
 
 
+def test_a_name_service_that_does_not_answer_is_not_waited_for(monkeypatch) -> None:
+    is_over = threading.Event()
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *arguments, **options: is_over.wait())
+    try:
+        with pytest.raises(UserError, match=r"http://images.example/image: took longer than 0\.2 s"):
+            fetch("http://images.example/image", seconds=0.2)
+    finally:
+        is_over.set()
+
+
 def test_a_redirect_loop_ends(server: Server) -> None:
     with pytest.raises(UserError, match="more than 3 redirects"):
         fetch(server.redirects("/loop", "/loop"))
@@ -332,8 +342,3 @@ def test_the_servers_refusal_is_told(server: Server) -> None:
         unused.bind(("127.0.0.1", 0))
         with pytest.raises(UserError, match="refused"):
             fetch(f"http://127.0.0.1:{unused.getsockname()[1]}/image")
-
-
-def test_redacted_keeps_what_helps_and_drops_what_may_be_secret() -> None:
-    assert redacted("https://u:p@a.example:8/b/c.png?token=x#y") == "https://a.example:8/b/c.png?…"
-    assert redacted("http://a.example/\x1b[31m") == "http://a.example/�[31m"

@@ -415,6 +415,13 @@ def test_another_pipeline_class_is_refused_by_its_name(copy_of_tiny: Path) -> No
     assert "StableDiffusionPipeline" in refusal(copy_of_tiny)
 
 
+def test_code_that_comes_with_a_model_is_refused(copy_of_tiny: Path) -> None:
+    path = copy_of_tiny / "model_index.json"
+    (copy_of_tiny / "scheduler/others.py").write_text("raise SystemExit('was run')")
+    path.write_text(json.dumps({**json.loads(path.read_text()), "scheduler": ["others", "Scheduler"]}))
+    assert "scheduler is of others, and code that comes with a model is not run" in refusal(copy_of_tiny)
+
+
 @pytest.mark.parametrize("component", ["transformer", "vae", "text_encoder", "tokenizer", "scheduler"])
 def test_missing_component_is_refused_by_its_name(copy_of_tiny: Path, component: str) -> None:
     shutil.rmtree(copy_of_tiny / component)

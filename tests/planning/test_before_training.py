@@ -13,7 +13,7 @@ import torch
 import yaml
 
 from cogvideox_factory.command_line import parse_command
-from cogvideox_factory.config import Plan, Train, UserError, write_config
+from cogvideox_factory.config import Plan, Train, UserError, config_text
 from cogvideox_factory.data.store import Entry, PreparedSet
 from cogvideox_factory.memory.tracker import PARTS, Moment
 from cogvideox_factory.planning import before_training
@@ -170,7 +170,7 @@ def test_a_run_that_goes_on_keeps_the_form_of_its_states(
     run = tmp_path / "run"
     flags = ("--training_type", "sft", "--use_8bit", "--feed_forward_chunks", "4")
     run.mkdir()
-    write_config(train_options(tiny_model, prepared_folder, *flags), run / "config.yaml")
+    (run / "config.yaml").write_text(config_text(train_options(tiny_model, prepared_folder, *flags)))
     resumed = ("--training_type", "sft", "--resume_from_checkpoint", "latest", "--output_dir", str(run), "--fit")
     options, _ = plan_training(train_options(tiny_model, prepared_folder, *resumed, "--gpu_memory", "4"))
     assert options.optimizer.use_8bit and options.memory.feed_forward_chunks == 4
@@ -185,14 +185,27 @@ def test_libraries_that_are_not_there_are_not_chosen(monkeypatch: pytest.MonkeyP
     assert before_training.is_installed({"quantize_base": "int8"}) and before_training.is_installed({})
 
 
-def test_several_processes_are_not_planned(
+def test_the_first_of_several_processes_plans_for_all(
     tiny_model: Path, prepared_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in (("WORLD_SIZE", "8"), ("LOCAL_WORLD_SIZE", "4"), ("RANK", "0")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3")
     options = train_options(tiny_model, prepared_folder, "--gpu_memory", "1.3")
-    assert plan_training(options) == (options, None)
-    with pytest.raises(UserError, match="--fit: for one GPU, and there are 2 processes"):
+    with pytest.raises(UserError, match="these settings do not fit into 1"):
+        plan_training(options)
+    (*_, (_, planned)) = Traced.asked
+    assert (planned.num_processes, planned.num_machines, planned.engine) == (8, 2, "zero3")
+    with pytest.raises(UserError, match="--use_8bit: not together with DeepSpeed"):
+        plan_training(train_options(tiny_model, prepared_folder, "--gpu_memory", "24", "--use_8bit"))
+    with pytest.raises(UserError, match="--fit: for one GPU, and there are 8 processes"):
         plan_training(train_options(tiny_model, prepared_folder, "--fit", "--gpu_memory", "24"))
+    monkeypatch.setenv("RANK", "1")
+    assert plan_training(options) == (options, None)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", "ours.json")  # the stage stands there
+    assert plan_training(options) == (options, None)
 
 
 def test_a_number_of_processes_that_is_none_is_named(

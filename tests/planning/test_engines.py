@@ -12,6 +12,7 @@ from cogvideox_factory.config import Plan, UserError, with_values
 from cogvideox_factory.memory.tracker import PARTS, Moment
 from cogvideox_factory.planning import open_configs, resolve
 from cogvideox_factory.planning.engines import Weights, of_a_rank
+from cogvideox_factory.planning.search import Budget, search
 from cogvideox_factory.planning.texts import GIB, budget_of
 from cogvideox_factory.planning.traces import Traces
 
@@ -27,8 +28,9 @@ def one(stage: Moment, engine: str, num_ranks: int, weights: Weights) -> Moment:
     return of_a_rank({"it": stage}, engine, num_ranks, weights)["it"]
 
 
-FULL = Weights(count=100 * MILLION, trained=100 * MILLION, trained_bytes=200 * MILLION, part="weights")
-LORA = Weights(count=105 * MILLION, trained=5 * MILLION, trained_bytes=20 * MILLION, part="adapter")
+FULL = Weights(100 * MILLION, 100 * MILLION, trained_bytes=200 * MILLION, part="weights", gathered=10 * MILLION)
+LORA = Weights(105 * MILLION, 5 * MILLION, trained_bytes=20 * MILLION, part="adapter", gathered=10 * MILLION)
+LARGE = Weights(5000 * MILLION, 5000 * MILLION, trained_bytes=10_000 * MILLION, part="weights", gathered=0)
 # Full fine-tuning in bf16 with fp32 masters and states, while it goes backward and between steps.
 FULL_STEP = moment(weights=200 * MILLION, gradients=200 * MILLION, optimizer=1200 * MILLION, activations=7, host=3)
 FULL_HELD = moment(weights=200 * MILLION, optimizer=1200 * MILLION)
@@ -62,21 +64,27 @@ def test_zero2_holds_a_lora_in_16_bits() -> None:
 
 
 def test_a_bucket_of_deepspeed_has_a_limit() -> None:
-    large = Weights(count=5000 * MILLION, trained=5000 * MILLION, trained_bytes=10_000 * MILLION, part="weights")
     stage = moment(weights=10_000 * MILLION)
-    assert one(stage, "zero2", 10, large).parts["gradients"] == (5000 // 10 * 4 + 500 * 6) * MILLION
+    assert one(stage, "zero2", 10, LARGE).parts["gradients"] == (5000 // 10 * 4 + 500 * 6) * MILLION
 
 
 def test_zero3_divides_the_weights_too_and_keeps_its_parts_on_the_host() -> None:
-    large = Weights(count=5000 * MILLION, trained=5000 * MILLION, trained_bytes=10_000 * MILLION, part="weights")
     stage = moment(weights=10_000 * MILLION + 9, optimizer=60_000 * MILLION, host=5)
-    rank = one(stage, "zero3", 10, large)
+    rank = one(stage, "zero3", 10, LARGE)
     assert rank.parts["weights"] == 2 * 1000 * MILLION + 9  # what lives at a time, and the VAE
     assert rank.parts["optimizer"] == 0
     assert rank.host == 5 + (2 + 4 + 12) * 5000 * MILLION // 10
     rank = one(LORA_STEP, "zero3", 5, LORA)
     assert rank.parts["weights"] == 210 * MILLION and rank.parts["adapter"] == 0
     assert rank.host == (105 * 2 + 5 * 16) * MILLION // 5
+
+
+def test_fsdp2_keeps_a_rank_s_parts_and_the_blocks_at_work() -> None:
+    rank = one(FULL_STEP, "fsdp2", 4, FULL)
+    assert rank.parts["weights"] == (100 // 4 * 4 + 10 * 2) * MILLION
+    assert rank.parts["optimizer"] == 100 // 4 * 8 * MILLION and rank.parts["gradients"] == 100 // 4 * 4 * MILLION
+    rank = one(LORA_STEP, "fsdp2", 5, LORA)
+    assert rank.parts["weights"] == (100 // 5 * 2 + 5 // 5 * 4 + 10 * 2) * MILLION and rank.parts["adapter"] == 0
 
 
 def test_the_plan_is_of_one_rank(tiny_model: Path) -> None:
@@ -110,3 +118,17 @@ def test_processes_of_a_machine_share_its_memory() -> None:
     shared = with_values(options, {"host_memory": 128.0, "gpu_memory": 24.0})
     assert budget_of(shared).host == (128 / 4 - 2) * GIB
     assert budget_of(shared).gpu == pytest.approx((24 - 1.2) * GIB)
+
+
+def test_what_does_not_go_with_an_engine_is_neither_taken_nor_chosen(tiny_model: Path) -> None:
+    flags = ("--pretrained_model_name_or_path", str(tiny_model), "--training_type", "sft", "--mixed_precision", "bf16")
+    several = ("--num_processes", "2", "--engine", "zero2")
+    options = parse_command(Plan, "plan", (*flags, *several, "--use_8bit"))
+    with open_configs(options) as checkpoint, pytest.raises(UserError, match="--use_8bit: not together with DeepSpeed"):
+        resolve(options, checkpoint)
+    options = parse_command(Plan, "plan", (*flags, *several, "--gpu_memory", "1.25"))
+    with open_configs(options) as checkpoint:
+        found = search(resolve(options, checkpoint), Traces(checkpoint), Budget(gpu=0), ["training"])
+    assert not found.fits and found.values["gradient_checkpointing"] and found.values["offload_activations"]
+    refused = {"use_8bit", "use_4bit", "use_cpu_offload_optimizer", "optimizer_in_backward", "trainable_dtype"}
+    assert not refused & set(found.values)

@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import json
 import os
+import random
 import shutil
 from pathlib import Path
 from typing import Any
@@ -421,6 +422,27 @@ def test_latest_is_the_newest_that_is_whole_and_the_damaged_one_is_kept(
     caplog.clear()
     save_checkpoint(tmp_path, TrainState(step=5), transformer, optimizer, keep=2)
     assert names(tmp_path) == ["step-00000002", "step-00000005"] and not caplog.text
+
+
+def test_a_changed_byte_in_any_region_of_a_checkpoint_is_found(tmp_path: Path) -> None:
+    save_steps(tmp_path, 1)
+    (folder,) = list_checkpoints(tmp_path)
+    chance = random.Random(0)
+    files = sorted(folder.iterdir())
+    assert len(files) == 5
+    for path in files:
+        content = path.read_bytes()
+        header = chance.sample(range(min(256, len(content))), 16)
+        regions = [min(at + chance.randrange(4096), len(content) - 1) for at in range(0, len(content), 4096)]
+        for offset in (*header, *regions):
+            damaged = bytearray(content)
+            damaged[offset] ^= chance.randrange(1, 256)
+            path.write_bytes(damaged)
+            assert path.name in str(damage_of(folder)), (path.name, offset)
+            with pytest.raises(UserError, match=path.name):
+                find_checkpoint(tmp_path, folder.name)
+        path.write_bytes(content)
+    assert find_checkpoint(tmp_path, folder.name) == folder
 
 
 def test_a_run_whose_checkpoints_are_all_damaged_is_refused_and_nothing_is_renamed(tmp_path: Path) -> None:

@@ -315,13 +315,47 @@ def test_texts_of_a_user_read_as_they_are(write: Write, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", [NASTY, "a\nb\r\n\n# c", "\x1b[31mred\x00", "- a", "1. a", "> a", "    a", "a\u2028b", "鼠 é"]
+    "text",
+    [
+        *(NASTY, "[x](javascript:alert(1))", "](javascript:alert(1)) [", "<img src=x onerror=alert(1)>"),
+        "a | b\n|---|\n| c",
+        *(
+            "<javascript:alert(1)>",
+            "[x]: javascript:alert(1)",
+            "\\<script>",
+            "&lt;script&gt;",
+            "-->",
+            "a\nb\r\n\n# c",
+            "---",
+        ),
+        *("\x1b[31mred\x00", "- a", "1. a", "> a", "    a", "a\u2028b", "鼠 é"),
+    ],
 )
 def test_markdown_shows_a_text_in_one_line(text: str) -> None:
     shown = Page(f"---\n---\n| x |\n|---|\n| {markdown(text)} |\n")
     assert shown.tags == ["table", "thead", "tr", "th", "tbody", "tr", "td"]
     printable = "".join(character if character.isprintable() else " " for character in text)
     assert shown.cells == [" ".join(printable.split())]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a\n---\n<script>alert(1)</script>",
+        "a\nlicense: other\nbase_model: b",
+        "a'\nlicense: other",
+        'a"\nlicense: other',
+        "!!python/object/apply:os.system [id]",
+        "{license: other}",
+        "- a: &x\n  *x",
+    ],
+)
+def test_no_text_becomes_a_line_of_the_front_matter(write: Write, text: str) -> None:
+    plain, nasty = front_matter(write()), front_matter(write((text,), id_token=text))
+    assert nasty.keys() - plain.keys() == {"instance_prompt"}
+    line = " ".join(text.split())
+    assert nasty["instance_prompt"] == nasty["widget"][0]["text"] == line
+    assert {**nasty, "widget": 0, "instance_prompt": 0} == {**plain, "widget": 0, "instance_prompt": 0}
 
 
 # --- whose file it is ---

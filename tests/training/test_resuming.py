@@ -61,9 +61,10 @@ def flip(path: Path) -> None:
 def assert_same_run(ours: Path, theirs: Path, num_steps: int) -> None:
     """Equality to the bit of all that a run leaves but for what the clock and the memory say."""
     checkpoint = f"checkpoints/step-{num_steps:08}"
-    files = sorted(path.relative_to(theirs) for path in theirs.rglob("*.safetensors") if path.parent == theirs)
-    files += [Path(checkpoint) / path.name for path in (theirs / checkpoint).glob("*.safetensors")]
-    assert len(files) >= 3
+    exported = [path for path in theirs.rglob("*.safetensors") if path.parent in (theirs, theirs / "transformer")]
+    saved = sorted((theirs / checkpoint).glob("*.safetensors"))
+    files = [path.relative_to(theirs) for path in (*exported, *saved)]
+    assert len(exported) == 1 and len(saved) >= 3
     for file in files:
         tensors, expected = load_file(ours / file), load_file(theirs / file)
         assert tensors.keys() == expected.keys(), file

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,10 +16,14 @@ from cogvideox_factory.config import (
     DataOptions,
     EncodingOptions,
     HeldOutOptions,
+    HubOptions,
     MethodOptions,
+    Secret,
     Train,
+    TrainingOptions,
     UserError,
     ValidationOptions,
+    read_config,
 )
 from cogvideox_factory.model.family import Checkpoint
 from cogvideox_factory.training.run_options import (
@@ -26,6 +32,7 @@ from cogvideox_factory.training.run_options import (
     naming_the_second_set,
     resolve_options,
     tell_ignored,
+    write_config,
 )
 
 Warnings = Callable[[], list[str]]
@@ -103,3 +110,32 @@ def test_full_fine_tuning_of_a_model_in_fp16_is_in_bf16_on_a_gpu_alone(
     for has_gpu, asked, expected in ((True, None, "bf16"), (False, None, None), (False, True, "bf16")):
         monkeypatch.setattr(torch.cuda, "is_available", lambda has_gpu=has_gpu: has_gpu)
         assert resolve_options(options, stored, is_gpu=asked).training.mixed_precision == expected
+
+
+def test_config_yaml_repeats_the_run_and_gives_nobody_access(tmp_path: Path) -> None:
+    signed = "https://a.example/b.png?X-Amz-Signature=0a1b"
+    options = Train(
+        output_dir=tmp_path,
+        seed=7,
+        training=TrainingOptions(resume_from_checkpoint="latest"),
+        validation=ValidationOptions(validation_images=signed),
+        hub=HubOptions(hub_token=Secret("hf_secret")),
+    )
+    write_config(options)
+    written = read_config(tmp_path / "config.yaml")
+    assert written["seed"] == 7 and written["resume_from_checkpoint"] is None
+    assert written["validation_images"] == "https://a.example/b.png?…" and "hub_token" not in written
+
+
+def test_config_yaml_is_complete_or_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run is gone on with by what stands in it."""
+    write_config(Train(output_dir=tmp_path, seed=1))
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_config(Train(output_dir=tmp_path, seed=2))
+    assert read_config(tmp_path / "config.yaml")["seed"] == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]

@@ -20,12 +20,14 @@ from cogvideox_factory.cli import main
 from cogvideox_factory.config import ModelOptions, UserError, ValidationOptions
 from cogvideox_factory.data.store import Entry, PreparedSet
 from cogvideox_factory.model.family import Checkpoint, open_checkpoint
+from cogvideox_factory.training import start_images
 from cogvideox_factory.training.start_images import (
     FIRST_FRAME,
     StartImages,
     open_start_images,
     sources_of,
     with_absolute_images,
+    with_kept_images,
 )
 
 CPU = torch.device("cpu")
@@ -198,3 +200,30 @@ def test_a_picture_from_the_web_is_fetched_once_and_kept(
     assert Server.requests == 1
     kept = Image.open(tmp_path / "run/validation/images" / name)
     assert np.array_equal(np.asarray(kept), np.asarray(Image.open(tmp_path / "a.png")))
+
+
+def test_config_yaml_names_the_copy_of_what_a_signed_address_gave(
+    tmp_path: Path, image_model: Checkpoint, image_set: PreparedSet, entries: list[Entry], monkeypatch
+) -> None:
+    """It repeats the run, and gives nobody access."""
+    picture = noise_picture(tmp_path / "a.png", 4)
+    signed = "https://a.example/b.png?X-Amz-Signature=0a1b"
+    monkeypatch.setattr(start_images, "read_image", lambda source, flag, **options: Image.open(picture))
+    given = ValidationOptions(validation_prompt="x", validation_images=f"{signed}:::https://a.example/c.png:::/d.png")
+    assert with_kept_images(tmp_path / "run", given).validation_images == (  # nothing is kept without a prompt
+        "https://a.example/b.png?…:::https://a.example/c.png:::/d.png"
+    )
+    options = dataclasses.replace(given, validation_images=signed)
+    images = open_start_images(tmp_path / "run", options, image_model)
+    written = with_kept_images(tmp_path / "run", options)
+    monkeypatch.undo()
+    assert images
+    (name,) = images.names(image_model, image_set, entries, CPU)
+    assert written.validation_images == str(tmp_path / "run/validation/images" / name)
+    again = open_start_images(tmp_path / "run", written, image_model)  # the run goes on by its config.yaml
+    assert again and again.names(image_model, image_set, entries, CPU) == [name]
+    repeated = open_start_images(tmp_path / "repeated", written, image_model)
+    assert repeated
+    (copy,) = repeated.names(image_model, image_set, entries, CPU)
+    kept = np.asarray(Image.open(tmp_path / "repeated/validation/images" / copy))
+    assert np.array_equal(kept, np.asarray(Image.open(picture)))

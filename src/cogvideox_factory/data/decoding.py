@@ -9,6 +9,7 @@ caller's main module, torch with it), and shared memory (64 MB is all that a con
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import pickle
 import queue
@@ -111,7 +112,9 @@ class _Worker(Generic[Tag]):
             if _read_whole(self.process.stdout, frames.data.cast("B")):
                 return frames
         elif self.answer == _ERROR:
-            return pickle.load(self.process.stdout)
+            line = self.process.stdout.readline()
+            if line.endswith(b"\n"):  # else it died while it told
+                return _error_from_json(line)
         code = self.process.wait()
         self.process = None
         if not self.is_second_try:
@@ -132,6 +135,19 @@ class _Worker(Generic[Tag]):
 
 
 _FRAMES, _ERROR = b"F", b"E"
+
+
+def _error_as_json(error: Exception) -> bytes:
+    """A line for the pipe. No pickle: this process has just read a file that nobody vouches for."""
+    if isinstance(error, OSError) and error.errno is not None:
+        filename = None if error.filename is None else os.fsdecode(error.filename)
+        return json.dumps({"os": [error.errno, error.strerror, filename]}).encode() + b"\n"
+    return json.dumps({"video": str(error)}).encode() + b"\n"
+
+
+def _error_from_json(line: bytes) -> Exception:
+    content = json.loads(line)
+    return OSError(*content["os"]) if "os" in content else VideoError(content["video"])
 
 
 def _read_whole(pipe: IO[bytes], target: memoryview) -> bool:
@@ -161,7 +177,7 @@ def _serve(num_threads: int) -> None:
             answers.write(np.ascontiguousarray(result).data.cast("B"))
         else:
             answers.write(_ERROR)
-            pickle.dump(result, answers)
+            answers.write(_error_as_json(result))
         answers.flush()
 
 

@@ -135,10 +135,11 @@ class PreparedSet:
     def read_settings(self) -> dict[str, Any]:
         """Raises UserError where this is no prepared set."""
         path = self.folder / "settings.json"
-        if not (self.folder / "index.jsonl").is_file() or not path.is_file():
+        missing = [name for name in ("index.jsonl", path.name) if not (self.folder / name).is_file()]
+        if missing:
             raise UserError(
-                f"{self.folder} is not a prepared set (no index.jsonl): run `prepare` first, or leave out "
-                "--load_tensors to train on raw clips"
+                f"{self.folder} is not a prepared set (no {' and no '.join(missing)}): run `prepare` first, or leave "
+                "out --load_tensors to train on raw clips"
             )
         try:
             settings = json.loads(path.read_text(encoding="utf-8"))

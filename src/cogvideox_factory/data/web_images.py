@@ -11,6 +11,7 @@ import contextlib
 import http.client
 import io
 import ipaddress
+import queue
 import socket
 import ssl
 import threading
@@ -24,6 +25,7 @@ from typing import Any
 from PIL import Image
 
 from cogvideox_factory.config import UserError
+from cogvideox_factory.redaction import redacted
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
 REDIRECTS = (301, 302, 303, 307, 308)
@@ -77,17 +79,6 @@ def fetch_image(address: str, *, allow_private: bool = False, limits: Limits | N
     raise UserError(f"{redacted(address)}{through}: {reason}; download the image yourself and give its path")
 
 
-def redacted(address: str) -> str:
-    """An address for messages: without user, password and query, which may hold a secret."""
-    try:
-        parts = urllib.parse.urlsplit(address)
-        place = parts.netloc.rpartition("@")[2]
-    except ValueError:
-        return "the address"
-    shown = f"{parts.scheme}://{place}{parts.path}" + ("?…" if parts.query else "")
-    return "".join(character if character.isprintable() else "�" for character in shown)
-
-
 def is_public(address: IPAddress) -> bool:
     """Whether an address is of the public internet, also where it stands for another one."""
     if isinstance(address, ipaddress.IPv6Address):
@@ -108,7 +99,7 @@ def _request(address: str, allow_private: bool, limits: Limits, deadline: float)
         raise _Refused("has a user or password in it, which is not supported")
     is_secure = parts.scheme == "https"
     port = parts.port or (443 if is_secure else 80)
-    place = _resolve(parts.hostname, port, allow_private)
+    place = _resolve(parts.hostname, port, allow_private, deadline)
     path = urllib.parse.quote(parts.path or "/", safe=KEPT_IN_PATHS)
     query = f"?{urllib.parse.quote(parts.query, safe=KEPT_IN_PATHS + '?')}" if parts.query else ""
     connection = http.client.HTTPConnection(parts.hostname, port)
@@ -136,12 +127,9 @@ def _host_header(parts: urllib.parse.SplitResult) -> str:
     return name if parts.port is None else f"{name}:{parts.port}"
 
 
-def _resolve(host: str, port: int, allow_private: bool) -> tuple[int, Any]:
+def _resolve(host: str, port: int, allow_private: bool, deadline: float) -> tuple[int, Any]:
     """Family and socket address of a host. One name service call: what it gives is judged, and then connected to."""
-    try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    except (OSError, UnicodeError) as error:
-        raise _Refused(f"the name {host} is not known ({error})") from error
+    found = _ask_name_service(host, port, deadline)
     if not allow_private:
         for *_, place in found:
             if not is_public(ipaddress.ip_address(str(place[0]).partition("%")[0])):
@@ -150,6 +138,27 @@ def _resolve(host: str, port: int, allow_private: bool) -> tuple[int, Any]:
                 )
     family, _, _, _, place = found[0]
     return family, place
+
+
+def _ask_name_service(host: str, port: int, deadline: float) -> list[tuple[Any, ...]]:
+    """All answers for a host, in a thread of its own: the system's call takes no time limit, and minutes where no name
+    server answers. A thread that is given up ends with that call, or with the program."""
+    answers: queue.SimpleQueue[list[tuple[Any, ...]] | Exception] = queue.SimpleQueue()
+
+    def ask() -> None:
+        try:
+            answers.put(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
+        except (OSError, UnicodeError) as error:
+            answers.put(error)
+
+    threading.Thread(target=ask, daemon=True).start()
+    try:
+        answer = answers.get(timeout=max(deadline - time.monotonic(), 0))
+    except queue.Empty:
+        raise TimeoutError from None
+    if isinstance(answer, Exception):
+        raise _Refused(f"the name {host} is not known ({answer})") from answer
+    return answer
 
 
 @contextlib.contextmanager

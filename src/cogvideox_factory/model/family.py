@@ -22,6 +22,7 @@ from safetensors import safe_open
 from cogvideox_factory.config import ConditioningOptions, ModelOptions, UserError
 
 COMPONENTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
+KNOWN_LIBRARIES = ("diffusers", "transformers", None)  # None: of an optional part that is not there
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 # The configs of CogVideoX 1.5 give the largest grid of positions (300 × 300 latents), not the size it was trained at,
@@ -185,6 +186,13 @@ def open_checkpoint(options: ModelOptions, *, with_weights: bool = True) -> Chec
     if not str(pipeline.get("_class_name", "")).startswith("CogVideoX"):
         raise UserError(
             f"--pretrained_model_name_or_path {name}: is a {pipeline.get('_class_name')}, not a CogVideoX pipeline"
+        )
+    # Else diffusers looks for a module of that name beside the weights, which would be code of whoever made them.
+    foreign = [part for part, of in pipeline.items() if isinstance(of, list) and of and of[0] not in KNOWN_LIBRARIES]
+    if foreign:
+        raise UserError(
+            f"--pretrained_model_name_or_path {name}: {foreign[0]} is of {pipeline[foreign[0]][0]}, and code that "
+            "comes with a model is not run; save the model with classes of diffusers and transformers"
         )
     missing = [component for component in COMPONENTS if not (folder / component).is_dir()]
     if not missing and not (folder / "text_encoder" / "config.json").is_file():

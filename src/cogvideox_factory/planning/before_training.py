@@ -26,6 +26,7 @@ from cogvideox_factory.planning.phases import HELD, Phase
 from cogvideox_factory.planning.search import OPTIONS, search
 from cogvideox_factory.planning.texts import GIB, as_reasons, budget_of, does_not_fit, nothing_fits
 from cogvideox_factory.planning.traces import Traces
+from cogvideox_factory.training.engine import engine_of_launcher
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +37,7 @@ KEPT_BY_A_RUN = {"quantize_base", "trainable_dtype", "use_8bit", "use_4bit"}
 def plan_training(options: Train) -> tuple[Train, Mapping[str, float] | None]:
     """Options of a training that fits, and its planned peaks in GiB by their names in memory.json.
 
+    Of several processes the first plans, before they wait for each other; it ends them all where nothing fits.
     Raises UserError where what is asked for does not fit, or with --fit, where nothing does.
     """
     fit, budget = options.budget.fit, options.budget
@@ -44,9 +46,10 @@ def plan_training(options: Train) -> tuple[Train, Mapping[str, float] | None]:
         if fit:
             raise UserError(
                 f"--fit: for one GPU, and there are {num_processes} processes; let `cogvideox-factory plan --fit` "
-                "choose, and give train what it chose"
+                "choose, with --num_processes, and give train what it chose"
             )
-        return options, None
+        if os.environ.get("RANK", "0") != "0" or engine_of_launcher() is None:
+            return options, None
     limits = [limit for limit in (budget.gpu_memory, memory_of_card()) if limit is not None]
     gpu_memory = min(limits, default=None)
     if gpu_memory is None:
@@ -57,7 +60,7 @@ def plan_training(options: Train) -> tuple[Train, Mapping[str, float] | None]:
         return options, None  # at once, by train itself
     host_memory = budget.host_memory or memory_of_machine()
     plan = Plan(**{item.name: getattr(options, item.name) for item in dataclasses.fields(Train)})
-    plan = with_values(plan, {"gpu_memory": gpu_memory, "host_memory": host_memory})
+    plan = with_values(plan, {"gpu_memory": gpu_memory, "host_memory": host_memory, **processes(num_processes)})
     logger.info("planning   what fits into %.1f GiB of the GPU and %.1f of the machine", gpu_memory, host_memory)
     with open_configs(plan, may_download=True) as checkpoint:
         with _unheard():  # train says it all again
@@ -98,6 +101,13 @@ def number_of_processes() -> int:
             f"the variable WORLD_SIZE is {value!r}: the number of processes is needed, which torchrun and accelerate "
             "launch set themselves; unset it"
         ) from None
+
+
+def processes(num_processes: int) -> dict[str, Any]:
+    """What the launcher says of them, as options of `plan`."""
+    of_machine = os.environ.get("LOCAL_WORLD_SIZE", "")
+    num_machines = math.ceil(num_processes / int(of_machine)) if of_machine.isdecimal() and int(of_machine) else 1
+    return {"num_processes": num_processes, "num_machines": num_machines, "engine": engine_of_launcher()}
 
 
 def will_be_refused(options: Train) -> bool:

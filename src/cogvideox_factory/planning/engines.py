@@ -28,6 +28,7 @@ class Weights:
     trained: int
     trained_bytes: int  # as one process alone holds it
     part: str  # "adapter" or "weights": what the trained ones are counted as
+    gathered: int  # numbers that FSDP2 puts together at a time: two blocks, and what is outside of the blocks
     average: int = 0  # bytes of their moving average, which every rank keeps whole
 
 
@@ -62,9 +63,24 @@ def _zero3(stage: Moment, num_ranks: int, weights: Weights) -> Moment:
     return Moment(parts, stage.host + HALF * -(-weights.count // num_ranks) + (ADAM + FP32) * share)
 
 
+def _fsdp2(stage: Moment, num_ranks: int, weights: Weights) -> Moment:
+    """Each rank's parts are on its GPU: trained weights in fp32 with states and gradients, the others in 16 bits."""
+    share = -(-weights.trained // num_ranks)
+    frozen = weights.count - weights.trained
+    base = weights.count - (weights.trained if weights.part == "adapter" else 0)
+    parts = {**stage.parts, "adapter": 0, "optimizer": (ADAM - FP32) * share, "gradients": FP32 * share}
+    parts["weights"] += HALF * (-(-frozen // num_ranks) + weights.gathered - base) + FP32 * share
+    return Moment(parts, stage.host)
+
+
 def _bucket(weights: Weights) -> int:
     """Gradients that fill a bucket in 16 bits, and their copy in fp32 that travels."""
     return min(weights.trained, REDUCE_BUCKET) * (HALF + FP32)
 
 
-_ENGINES: Mapping[str, Callable[[Moment, int, Weights], Moment]] = {"ddp": _ddp, "zero2": _zero2, "zero3": _zero3}
+_ENGINES: Mapping[str, Callable[[Moment, int, Weights], Moment]] = {
+    "ddp": _ddp,
+    "zero2": _zero2,
+    "zero3": _zero3,
+    "fsdp2": _fsdp2,
+}

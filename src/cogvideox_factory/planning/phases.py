@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from accelerate.utils import DistributedType
 
 from cogvideox_factory.config import Plan, SamplingOptions, Train
 from cogvideox_factory.data.buckets import Bucket
@@ -181,12 +182,16 @@ def count_weights(options: Plan, checkpoint: Checkpoint) -> Weights:
     keeps_bf16 = options.optimizer.trainable_dtype == "bf16"
     attach(transformer, options.method, options.lora, options.seed, keeps_bf16=keeps_bf16)
     trained = trainable_parameters(transformer).values()
-    count = sum(parameter.numel() for parameter in trained)
+    blocks = transformer.transformer_blocks
+    count, whole, in_blocks = (
+        sum(one.numel() for one in some) for some in (trained, transformer.parameters(), blocks.parameters())
+    )
     return Weights(
-        count=sum(parameter.numel() for parameter in transformer.parameters()),
+        count=whole,
         trained=count,
         trained_bytes=sum(parameter.nbytes for parameter in trained),
         part="adapter" if is_lora(transformer) else "weights",
+        gathered=whole - in_blocks + 2 * in_blocks // len(blocks),
         average=0 if options.method.ema_decay is None else 4 * count,
     )
 
@@ -355,7 +360,9 @@ class OneProcess:
     """What the loop's step asks of an accelerator, for one process and no engine."""
 
     num_processes = 1
+    distributed_type = DistributedType.NO
     scaler = None
+    distributed_type = DistributedType.NO
 
     def __init__(self, device: torch.device):
         self.device = device

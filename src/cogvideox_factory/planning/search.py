@@ -14,10 +14,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from cogvideox_factory.config import Plan, option_values, with_values
+from cogvideox_factory.config import Plan, UserError, option_values, with_values
 from cogvideox_factory.memory.strategies import STRATEGIES, Lever, chosen
 from cogvideox_factory.planning.phases import Phase
 from cogvideox_factory.planning.traces import NAMES, OF_HELD, Traces
+from cogvideox_factory.training.engine import check_options_of_engine
 
 Values = Mapping[str, Any]
 Groups = Sequence[Sequence[Lever]]  # of each, one lever or none is chosen
@@ -226,6 +227,8 @@ class _Search:
         memory = changed.memory
         if memory.optimizer_in_backward and changed.optimizer.offload_gradients:  # which drops them instead
             return False
+        if changed.num_processes > 1 and not _goes_with_engine(changed):
+            return False
         return not any(
             (strategy.needs_checkpointing and not memory.gradient_checkpointing)
             or (strategy.needs_offloading and not memory.offload_activations)
@@ -262,7 +265,6 @@ def _groups(options: Plan, *, has_scaler: bool) -> Groups:
         for strategy in STRATEGIES
         if strategy.levers
         and not strategy.is_on(options.memory)
-        and not (strategy.needs_one_process and options.num_processes > 1)
         and (is_lora or not strategy.needs_lora)
         and not (strategy.steps_in_backward and (is_lora or optimizer.optimizer == "prodigy"))
     ]
@@ -271,6 +273,16 @@ def _groups(options: Plan, *, has_scaler: bool) -> Groups:
     has_low_bits = optimizer.optimizer in ("adam", "adamw")
     states = [lever for lever in STATES if has_low_bits or lever.is_exact]
     return [*groups, states, WEIGHTS_IN_BF16]
+
+
+def _goes_with_engine(options: Plan) -> bool:
+    if options.optimizer.offload_gradients or any(strategy.needs_one_process for strategy in chosen(options.memory)):
+        return False
+    try:
+        check_options_of_engine(options, options.engine)
+    except UserError:
+        return False
+    return True
 
 
 def _passes(values: Values) -> Any:

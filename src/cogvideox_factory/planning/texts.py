@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from cogvideox_factory.config import Plan, plain_values
@@ -12,6 +13,7 @@ from cogvideox_factory.model.adapters import describe_method
 from cogvideox_factory.model.family import Checkpoint
 from cogvideox_factory.planning.phases import Phase, largest_bucket, training_dtype
 from cogvideox_factory.planning.search import Budget, Found
+from cogvideox_factory.training.start_images import with_redacted_images
 
 GIB = 1024**3
 # Allowances for what no tensor holds.
@@ -108,7 +110,7 @@ def as_json(options: Plan, phases: Sequence[Phase]) -> dict[str, Any]:
     peak = max(phase.peak for phase in phases) / GIB
     budget = budget_of(options)
     return {
-        "settings": plain_values(options),
+        "settings": plain_values(replace(options, validation=with_redacted_images(options.validation))),
         "phases": rows,
         "peak_gib": peak,
         "budget_gib": options.budget.gpu_memory,

@@ -31,6 +31,7 @@ from cogvideox_factory.training.zero import ZeroSteps
 
 logger = logging.getLogger(__name__)
 DDP_FILE = "accelerate_configs/ddp.yaml"
+ENGINES = {"ddp": "DDP", "zero2": "DeepSpeed", "zero3": "DeepSpeed", "fsdp2": "FSDP2"}  # and what they are called
 
 
 def make_accelerator(options: Train, checkpoint: Checkpoint) -> Accelerator:
@@ -118,16 +119,34 @@ def first_rank_says(accelerator: Accelerator, flag: bool) -> bool:
 
 def check_engine(options: Train, accelerator: Accelerator) -> None:
     """Raises UserError for what cannot be done under the engine that the launcher has chosen."""
-    if not has_masters(accelerator):
-        return
+    engine = "ddp"
     if is_fsdp(accelerator):
-        engine = "FSDP2"
         if not accelerator.is_fsdp2:
             raise UserError("fsdp_version 1: only 2; take accelerate_configs/fsdp2.yaml")
-    else:
-        engine, stage = "DeepSpeed", accelerator.deepspeed_plugin.zero_stage
-        if stage not in (2, 3):
-            raise UserError(f"zero_stage {stage} of DeepSpeed: only 2 and 3; instead of 0 and 1 take {DDP_FILE}")
+        engine = "fsdp2"
+    elif is_deepspeed(accelerator):
+        engine = f"zero{accelerator.deepspeed_plugin.zero_stage}"
+    check_options_of_engine(options, engine)
+
+
+def engine_of_launcher() -> str | None:
+    """The engine that a launcher asks for, before any process waits for another; None where a file of DeepSpeed's own
+    says it."""
+    if asks_for_deepspeed():
+        if os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none") != "none":
+            return None
+        return f"zero{os.environ.get('ACCELERATE_DEEPSPEED_ZERO_STAGE', '2')}"
+    return "fsdp2" if _is_set("ACCELERATE_USE_FSDP") else "ddp"
+
+
+def check_options_of_engine(options: Train, engine: str) -> None:
+    """Raises UserError for what cannot be done under one of `ENGINES`, and for another engine."""
+    if engine == "ddp":
+        return
+    if engine not in ENGINES:
+        raise UserError(f"zero_stage {engine[-1]} of DeepSpeed: only 2 and 3; instead of 0 and 1 take {DDP_FILE}")
+    name = ENGINES[engine]
+    has_divided = engine in ("zero3", "fsdp2")
     optimizer, memory = options.optimizer, options.memory
     keeps_masters = "it keeps fp32 weights and states itself, divided among the ranks"
     offloads = "it has that itself, as accelerate_configs/deepspeed_zero3_offload.yaml shows"
@@ -144,14 +163,14 @@ def check_engine(options: Train, accelerator: Accelerator) -> None:
         (memory.quantize_base is not None, "--quantize_base", "it would convert the scales of the weights to bf16"),
         (has_dora, "--use_dora", "it would convert the norms of DoRA to bf16"),
         (
-            has_divided_weights(accelerator) and options.method.ema_decay is not None,
+            has_divided and options.method.ema_decay is not None,
             "--ema_decay",
             "the weights are divided among the ranks; ZeRO-2 divides none",
         ),
-        (is_fsdp(accelerator) and memory.offload_activations, "--offload_activations", "it moves blocks by itself"),
+        (engine == "fsdp2" and memory.offload_activations, "--offload_activations", "it moves blocks by itself"),
     ):
         if is_given:
-            raise UserError(f"{flag}: not together with {engine} ({why}); leave it out, or take {DDP_FILE}")
+            raise UserError(f"{flag}: not together with {name} ({why}); leave it out, or take {DDP_FILE}")
 
 
 def wrap(accelerator: Accelerator, transformer, optimizer: torch.optim.Optimizer):

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from accelerate import Accelerator
 
-from cogvideox_factory.config import RunError, Train, write_config
+from cogvideox_factory.config import RunError, Train
 from cogvideox_factory.data.loader import StepBatches, load_steps
 from cogvideox_factory.data.sampler import Sampler
 from cogvideox_factory.data.split import num_videos
@@ -68,7 +68,7 @@ from cogvideox_factory.training.optimizers import (
 )
 from cogvideox_factory.training.resuming import resume, schedule_at
 from cogvideox_factory.training.run_data import TrainingData, check_data_sets, clips_of, prepare_data
-from cogvideox_factory.training.run_options import claim_run_folder, resolve_options, without_resume
+from cogvideox_factory.training.run_options import claim_run_folder, resolve_options, write_config
 from cogvideox_factory.training.saving import Saver
 from cogvideox_factory.training.skipping import SkippedSteps, told
 from cogvideox_factory.training.start_images import open_start_images
@@ -198,7 +198,7 @@ def train_steps(
             export_trained()
         return state
     if accelerator.is_main_process:  # only now: a run that is refused or finished keeps its own
-        write_config(without_resume(options), run / "config.yaml")
+        write_config(options)
         for name in ("checkpoints", "validation"):
             set_aside_after(run / name, state.step)
 

@@ -90,15 +90,10 @@ def check_optimizer(options: OptimizerOptions, accelerator: Accelerator) -> None
 
     Called before anything is loaded. Options without effect are told.
     """
-    check_optimizer_options(options, has_scaler=accelerator.scaler is not None)
+    check_optimizer_options(options, accelerator.num_processes, has_scaler=accelerator.scaler is not None)
     if options.use_cpu_offload_optimizer and accelerator.device.type == "cpu":
         raise UserError(
             "--use_cpu_offload_optimizer: needs a GPU; on a CPU the optimizer is there already, leave it out"
-        )
-    if options.offload_gradients and accelerator.num_processes > 1:
-        raise UserError(
-            "--offload_gradients: for one GPU only, as gradients leave before they are averaged over the "
-            f"{accelerator.num_processes} processes; leave it out"
         )
     kind = _find_kind(options)
     if options.use_fp8 and accelerator.device.type == "cuda" and torch.cuda.get_device_capability() < (8, 9):
@@ -107,8 +102,13 @@ def check_optimizer(options: OptimizerOptions, accelerator: Accelerator) -> None
     _tell_without_effect(options)
 
 
-def check_optimizer_options(options: OptimizerOptions, *, has_scaler: bool) -> None:
+def check_optimizer_options(options: OptimizerOptions, num_processes: int, *, has_scaler: bool) -> None:
     """Raises UserError for options that contradict each other on every machine. `has_scaler`: gradients are fp16."""
+    if options.offload_gradients and num_processes > 1:
+        raise UserError(
+            "--offload_gradients: for one GPU only, as gradients leave before they are averaged over the "
+            f"{num_processes} processes; leave it out"
+        )
     if not options.use_cpu_offload_optimizer:
         if options.use_torchao and not _precisions(options):
             raise UserError(

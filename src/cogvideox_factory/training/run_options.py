@@ -15,8 +15,16 @@ from typing import Any
 
 import torch
 
-from cogvideox_factory.config import DataOptions, EncodingOptions, HeldOutOptions, Train, UserError, ValidationOptions
-from cogvideox_factory.data.files import make_output_folder
+from cogvideox_factory.config import (
+    DataOptions,
+    EncodingOptions,
+    HeldOutOptions,
+    Train,
+    UserError,
+    ValidationOptions,
+    config_text,
+)
+from cogvideox_factory.data.files import make_output_folder, write_durably
 from cogvideox_factory.data.store import PreparedSet
 from cogvideox_factory.model.adapters import check_method, check_names, find_export, needs_bf16
 from cogvideox_factory.model.family import Checkpoint
@@ -26,7 +34,7 @@ from cogvideox_factory.resolve import check_positions, check_text_length, resolv
 from cogvideox_factory.run_folder import list_checkpoints
 from cogvideox_factory.sampling import resolve_sampling
 from cogvideox_factory.training.optimizers import resolve_optimizer_options
-from cogvideox_factory.training.start_images import split, with_absolute_images
+from cogvideox_factory.training.start_images import split, with_absolute_images, with_kept_images
 
 logger = logging.getLogger(__name__)
 
@@ -162,9 +170,21 @@ def tell_ignored(options: Train, settings: Mapping[str, Any]) -> None:
         )
 
 
-def without_resume(options: Train) -> Train:
-    """Options as they are written down: to repeat a run is not to go on from what it went on from."""
-    return dataclasses.replace(options, training=dataclasses.replace(options.training, resume_from_checkpoint=None))
+def write_config(options: Train) -> None:
+    """Write config.yaml of a run, from its resolved options."""
+    assert options.output_dir is not None
+    write_durably(options.output_dir / "config.yaml", config_text(as_written_down(options)).encode())
+
+
+def as_written_down(options: Train) -> Train:
+    """Resolved options for config.yaml: to repeat a run is not to go on from what it went on from, and whoever reads
+    the file gets no access to what the run had access to."""
+    assert options.output_dir is not None
+    return dataclasses.replace(
+        options,
+        training=dataclasses.replace(options.training, resume_from_checkpoint=None),
+        validation=with_kept_images(options.output_dir, options.validation),
+    )
 
 
 def claim_run_folder(run: Path, options: Train, base: Path) -> None:

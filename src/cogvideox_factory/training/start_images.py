@@ -22,9 +22,9 @@ from cogvideox_factory.config import UserError, ValidationOptions
 from cogvideox_factory.data.files import hash_of, hash_of_bytes, write_durably
 from cogvideox_factory.data.images import is_address, read_image
 from cogvideox_factory.data.store import Entry, PreparedSet
-from cogvideox_factory.data.web_images import redacted
 from cogvideox_factory.model.encoders import decode_image, load_vae, spare_memory
 from cogvideox_factory.model.family import Checkpoint
+from cogvideox_factory.redaction import gives_access, redacted
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +67,20 @@ def with_absolute_images(options: ValidationOptions) -> ValidationOptions:
         return source if options.validation_prompt_separator in path else path  # which would be split there
 
     return _with_images(options, absolute)
+
+
+def with_kept_images(run: Path, options: ValidationOptions) -> ValidationOptions:
+    """For config.yaml, which is to repeat the run and gets around: an address that gives access to whoever reads it
+    becomes the path of the run's own copy of the picture."""
+    folder, separator = (run / FOLDER).absolute(), options.validation_prompt_separator
+
+    def kept(source: str) -> str:
+        if not is_address(source) or not gives_access(source):
+            return source
+        path = folder / _name_of_address(source)
+        return str(path) if path.is_file() and separator not in str(path) else redacted(source)
+
+    return _with_images(options, kept)
 
 
 def with_redacted_images(options: ValidationOptions) -> ValidationOptions:
@@ -129,9 +143,11 @@ class StartImages:
 
     def _keep(self, source: str, allow_private: bool) -> str:
         """Copy a picture into the folder, unless it is one from the web that is there, and give the copy's name."""
-        name = f"{hash_of(source)}.png"
+        name = _name_of_address(source)
         if is_address(source) and (self.folder / name).is_file():
             return name
+        if Path(source).parent == self.folder.absolute() and Path(source).is_file():
+            return Path(source).name  # it is such a copy, which the config.yaml of this run names
         kept = {} if is_address(source) else self._kept_files()
         if source in kept and not Path(source).expanduser().exists() and (self.folder / kept[source]).is_file():
             logger.warning("--validation_images %s: is gone, the run goes on with its copy", source)
@@ -162,6 +178,11 @@ class StartImages:
         content = io.BytesIO()
         image.save(content, "PNG")
         write_durably(self.folder / name, content.getvalue())
+
+
+def _name_of_address(source: str) -> str:
+    """Name of the copy of what an address gave."""
+    return f"{hash_of(source)}.png"
 
 
 def first_frame_decoder(checkpoint: Checkpoint, dtype: torch.dtype, *, use_tiling: bool, load=None):
