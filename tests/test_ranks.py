@@ -85,6 +85,31 @@ def test_nobody_leaves_before_all_have_come(on_ranks) -> None:
     assert on_ranks(slow, fast) == [[1, 0], [1, 0]]
 
 
+def test_the_first_that_may_keep_the_store_leaves_when_the_others_have_read(on_ranks, monkeypatch) -> None:
+    """Else they would find it gone, and say that it has died."""
+    events: list[str] = []
+    asleep = threading.Event()
+
+    def pause(seconds: float) -> None:
+        asleep.wait(5)  # until the other one waits, too
+        if ranks.rank() == 1:
+            events.append("looks")
+
+    def first(stop: StopRequest) -> None:
+        with ranks.together(stop):
+            asleep.wait(0.1)  # the other one waits already, and does not look yet
+        events.append("leaves")
+
+    def second(stop: StopRequest) -> None:
+        with ranks.together(stop):
+            pass
+
+    monkeypatch.setattr(ranks, "time", SimpleNamespace(sleep=pause))
+    threading.Timer(0.3, asleep.set).start()
+    assert on_ranks(first, second) == [None, None]
+    assert events.index("looks") < events.index("leaves")
+
+
 @pytest.mark.parametrize("error", [Stopped("go on"), UserError("--rank: 0"), RunError("disk"), OSError(28, "no")])
 def test_what_ends_one_ends_all_in_its_way_and_is_told_once(on_ranks, error: Exception, capfd) -> None:
     results = on_ranks(working(), working(error), working())

@@ -112,12 +112,22 @@ def _exchange(stop: StopRequest, mine: str, *, is_ending: bool) -> list[str]:
         store.set(ENDING, "1")  # so that the others come soon
     store.set(f"{place}/{rank()}", mine)
     keys = [f"{place}/{number}" for number in range(num_ranks())]
+    _wait_for(store, keys, stop)
+    answers = [store.get(key).decode() for key in keys]
+    # The first process may be the one that keeps the store, and may end now: it leaves when the others have read.
+    if rank():
+        store.set(f"{place}/read/{rank()}", "")
+    else:
+        _wait_for(store, [f"{place}/read/{number}" for number in range(1, num_ranks())], stop)
+    return answers
+
+
+def _wait_for(store: Any, keys: list[str], stop: StopRequest) -> None:
     pause = FIRST_PAUSE_SECONDS
     while not store.check(keys):
         time.sleep(pause)
         pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
         _ = stop.requested  # passes on a signal that came to this process
-    return [store.get(key).decode() for key in keys]
 
 
 def _hear(store: Any, is_requested: bool) -> bool:
