@@ -132,3 +132,17 @@ def test_what_does_not_go_with_an_engine_is_neither_taken_nor_chosen(tiny_model:
     assert not found.fits and found.values["gradient_checkpointing"] and found.values["offload_activations"]
     refused = {"use_8bit", "use_4bit", "use_cpu_offload_optimizer", "optimizer_in_backward", "trainable_dtype"}
     assert not refused & set(found.values)
+
+
+def test_what_an_engine_has_views_of_stays_while_a_video_is_decoded(tiny_model: Path) -> None:
+    flags = ("--pretrained_model_name_or_path", str(tiny_model), "--rank", "4", "--enable_model_cpu_offload")
+    options = parse_command(Plan, "plan", flags)
+    waiting = {}
+    with open_configs(options) as checkpoint:
+        traces, resolved = Traces(checkpoint), resolve(options, checkpoint)
+        for engine in ("ddp", "zero2"):
+            ranks = with_values(resolved, {"engine": engine, "num_processes": 2})
+            stages = traces.phase("validation", ranks).stages
+            waiting[engine] = max(stage.host for (name, _), stage in stages.items() if name == "decoding")
+        weights = traces.phase("held", resolved).parts["weights"]
+    assert waiting["ddp"] - waiting["zero2"] > weights

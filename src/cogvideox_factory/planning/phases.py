@@ -152,6 +152,11 @@ def trace_training(options: Plan, checkpoint: Checkpoint) -> Phase:
         return trace_steps(options, checkpoint, transformer, dtype, tracker).phase
 
 
+def engine_holds(options: Plan) -> bool:
+    """Whether an engine has views of what is trained, so that it cannot wait elsewhere while a video is decoded."""
+    return options.num_processes > 1 and options.engine != "ddp"
+
+
 def trace_validation(options: Plan, checkpoint: Checkpoint, decodings: Calls | None = None) -> Phase:
     """A video made beside what the training holds. `decodings` are remembered calls of the VAE's decoder."""
     dtype = training_dtype(options, checkpoint)
@@ -160,7 +165,7 @@ def trace_validation(options: Plan, checkpoint: Checkpoint, decodings: Calls | N
             transformer = build_model(options, checkpoint, dtype, GPU, load=load_transformer)
         training = begin_training(options, checkpoint, transformer, tracker)
         tracker.start_phase()
-        held = held_between_steps(training.optimizer, training.average)
+        held = None if engine_holds(options) else held_between_steps(training.optimizer, training.average)
         with averaged(training.average), waiting(options, transformer, held, GPU) as while_decoding:
             pipeline = pipeline_in_memory(
                 *(checkpoint, transformer, training.scheduler, options.sampling, dtype, GPU),
