@@ -254,6 +254,16 @@ def test_every_config_trains_on_gpus(arguments, on_one_process, tmp_path: Path, 
     assert_same_course(tmp_path / "run", on_one_process("lora"))
 
 
+@pytest.mark.parametrize("engine", ["DEEPSPEED", "FSDP"])
+def test_fp16_is_refused_where_the_engine_would_have_to_scale_it(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, engine: str
+) -> None:
+    monkeypatch.setenv(f"ACCELERATE_USE_{engine}", "true")
+    monkeypatch.setattr(type(checkpoint), "dtype_for", lambda *asked: torch.float16)  # as on a GPU
+    with pytest.raises(UserError, match="--mixed_precision fp16: not together with"):
+        make_accelerator(Train(), checkpoint)
+
+
 @needs_deepspeed
 def test_deepspeed_that_the_launcher_rules_out_is_not_left_out_in_silence(
     checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
