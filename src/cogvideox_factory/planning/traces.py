@@ -18,6 +18,7 @@ from cogvideox_factory.planning.fakes import fake_world
 from cogvideox_factory.planning.phases import (
     Phase,
     count_weights,
+    engine_holds,
     trace_encoding,
     trace_first_frame,
     trace_held,
@@ -112,6 +113,7 @@ class Traces:
         values: Mapping[str, Any] = option_values(options)
         key = (
             name,
+            engine_holds(options),
             *(repr(value) for option, value in values.items() if option not in without | _OF_BUDGET | _OF_RANKS),
         )
         if key not in self._kept:
