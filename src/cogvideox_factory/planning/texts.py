@@ -156,5 +156,5 @@ def _as_ranks(options: Plan) -> list[str]:
     machines = f"{options.num_machines} machines" if options.num_machines > 1 else "one machine"
     return [
         f"One of {options.num_processes} processes on {machines}, by {options.engine} (what that changes is computed, "
-        "not traced); one process alone makes the videos",
+        "not traced); the first one tests the result",
     ]
