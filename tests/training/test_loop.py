@@ -10,7 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ import yaml
 from diffusers import CogVideoXDDIMScheduler, CogVideoXPipeline, CogVideoXTransformer3DModel
 from diffusers.training_utils import compute_snr
 from peft import LoraConfig
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from cogvideox_factory.config import Train, TrainingOptions
 from cogvideox_factory.data import loader
@@ -225,11 +225,20 @@ def test_latest_starts_from_the_beginning_where_nothing_is_saved_yet(train, tmp_
     assert code == 0 and "starting from the beginning" in messages
 
 
+def assert_same(ours: Mapping[str, torch.Tensor], theirs: Mapping[str, torch.Tensor]) -> None:
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], value) for name, value in theirs.items())
+
+
 def test_a_finished_run_says_so_and_exits_with_0(train, tmp_path: Path) -> None:
-    assert train(tmp_path / "run", "--max_train_steps", "2")[0] == 0
-    code, messages = train(tmp_path / "run", "--max_train_steps", "2", "--resume_from_checkpoint", "latest")
+    run = tmp_path / "run"
+    assert train(run, "--max_train_steps", "2")[0] == 0
+    last = load_file(run / LORA)
+    # A run that was made longer may have been killed at its end, before it exported: this is of its earlier end.
+    save_file({name: value * 2 for name, value in last.items()}, run / LORA)
+    code, messages = train(run, "--max_train_steps", "2", "--resume_from_checkpoint", "latest")
     assert code == 0 and "finished" in messages
-    assert len(read_metrics(tmp_path / "run/metrics.jsonl")) == 2
+    assert len(read_metrics(run / "metrics.jsonl")) == 2
+    assert_same(load_file(run / LORA), last)
 
 
 def test_a_folder_that_holds_a_run_is_refused(train, tmp_path: Path) -> None:
@@ -437,17 +446,17 @@ def test_the_frozen_base_is_what_it_was(train, tmp_path: Path, monkeypatch, tiny
 def test_a_finished_run_keeps_its_lora_and_config_when_started_with_other_settings(train, tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert train(run, "--max_train_steps", "2")[0] == 0
-    before = [(run / name).read_bytes() for name in (LORA, "config.yaml", "memory.json")]
+    before = [(run / name).read_bytes() for name in ("config.yaml", "memory.json")]
+    lora = load_file(run / LORA)
     again = ("--max_train_steps", "2", "--resume_from_checkpoint", "latest")
     code, messages = train(run, *again, "--lora_alpha", "1000")
     assert code == 2 and "--lora_alpha: 8.0 there, 1000.0 here" in messages
     assert train(run, *again, "--learning_rate", "0.5")[0] == 0
-    assert [(run / name).read_bytes() for name in (LORA, "config.yaml", "memory.json")] == before
+    assert [(run / name).read_bytes() for name in ("config.yaml", "memory.json")] == before
+    assert_same(load_file(run / LORA), lora)
 
 
 def test_a_checkpoint_of_another_base_model_is_refused(cli: Cli, train, tiny_model: Path, tmp_path: Path) -> None:
-    from safetensors.torch import save_file
-
     assert train(tmp_path / "run", "--max_train_steps", "1")[0] == 0
     other = shutil.copytree(tiny_model, tmp_path / "other")
     weights = other / "transformer/diffusion_pytorch_model.safetensors"

@@ -58,6 +58,12 @@ def test_a_line_cut_off_by_the_end_of_the_process_does_not_spoil_the_next(tmp_pa
     assert path.read_text() == '{"step": 1, "loss": 0.5}\n{"step": 2, "loss": 0.25}\n'
 
 
+def test_a_line_with_a_flipped_bit_is_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1, "loss": 0.5}\n{"step"\xba 2}\n{"step": 3}\n')
+    assert read_metrics(path) == [{"step": 1, "loss": 0.5}, {"step": 3}]
+
+
 def test_only_the_main_process_writes(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     with MetricsLog(tmp_path, 0, OTHER) as log:

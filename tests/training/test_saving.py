@@ -165,3 +165,14 @@ def test_a_crash_waits_for_what_is_written_and_stays_the_error(
         saver.save(TrainState(step=2), *training)
         raise ZeroDivisionError
     assert "step 2 could not be written" in caplog.text
+
+
+def test_ctrl_c_does_not_wait_for_it(tmp_path: Path, training: Training, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = Gate(monkeypatch)
+    saver = Saver(tmp_path, None, 0)
+    with pytest.raises(KeyboardInterrupt), saver:
+        saver.save(TrainState(step=1), *training)
+        raise KeyboardInterrupt
+    assert list_checkpoints(tmp_path) == [] and not saver.has_failed  # as it would be once the gate's patience ends
+    gate.open()
+    saver.wait()

@@ -28,7 +28,6 @@ from cogvideox_factory.model.adapters import (
     attach,
     describe_method,
     export,
-    find_export,
     is_lora,
     trainable_parameters,
 )
@@ -194,8 +193,7 @@ def train_steps(
     trackers.start_after(state.step, options)
     if state.step >= num_steps:
         logger.info("nothing left to train: this run is finished")
-        if first_rank_says(accelerator, find_export(run) is None):
-            export_trained()
+        export_trained()  # again: what is there may be of fewer steps
         return state
     if accelerator.is_main_process:  # only now: a run that is refused or finished keeps its own
         write_config(options)

@@ -68,10 +68,10 @@ def finite_or_none(value: float) -> float | None:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Lines of a log; one that was cut short by the end of a process is left out."""
+    """Lines of a log; one that was cut short by the end of a process, or damaged, is left out."""
     lines: list[dict[str, Any]] = []
     if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in path.read_text("utf-8", errors="replace").splitlines():
             with contextlib.suppress(ValueError):
                 content = json.loads(line)
                 if isinstance(content, dict) and isinstance(content.get("step"), int):

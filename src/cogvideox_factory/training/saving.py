@@ -7,8 +7,11 @@ is written, a tensor at a time.
 
 from __future__ import annotations
 
+import functools
 import logging
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, wait
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -32,17 +35,19 @@ class Saver:
         self.run = run
         self.keep = keep
         self.saved_step = last_step  # of the newest checkpoint that is complete
-        self._thread: ThreadPoolExecutor | None = None
+        self._is_beside = False
         self._writing: Future[None] | None = None
 
     def __enter__(self) -> Saver:
-        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._is_beside = True
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
-        assert self._thread is not None
-        self._thread.shutdown()  # waits
-        self._thread = None
+        self._is_beside = False
+        if kind is KeyboardInterrupt:  # a second Ctrl-C stops at once; what is unfinished is absent
+            return
+        if self._writing is not None:
+            wait([self._writing])
         if kind is not None and self.has_failed:
             logger.error("%s", self._writing and self._writing.exception())  # beside what ended the run
 
@@ -56,8 +61,8 @@ class Saver:
         """Save the present state. Raises RunError where it, or the one before, could not be written."""
         self.wait()
         snapshot = Snapshot.take(state, transformer, optimizer, average)
-        if self._thread is not None and snapshot.lora is not None:
-            self._writing = self._thread.submit(self._write, snapshot.copied())
+        if self._is_beside and snapshot.lora is not None:
+            self._writing = _in_background(functools.partial(self._write, snapshot.copied()))
         else:
             self._write(snapshot)
 
@@ -86,3 +91,19 @@ class Saver:
 
     def _newest(self) -> str:
         return f"checkpoint of step {self.saved_step}" if self.saved_step else "base model"
+
+
+def _in_background(work: Callable[[], None]) -> Future[None]:
+    """In a thread that does not keep the process from ending, as an executor's would."""
+    future: Future[None] = Future()
+
+    def run() -> None:
+        try:
+            work()
+        except BaseException as error:  # whatever it is, `wait` raises it
+            future.set_exception(error)
+        else:
+            future.set_result(None)
+
+    threading.Thread(target=run, name="checkpoint", daemon=True).start()
+    return future
