@@ -7,9 +7,6 @@ round is survived if the run then ends with what a run ends with to which nothin
 set, the trained weights, the optimizer's state, the metrics without gap or repeat. Where the program refuses to go on,
 it must say so in one message that names the file, and go on once that message is followed. Anything else is lost: a
 traceback, a hang, another result.
-
-Rounds are forked from a process that has imported the libraries and done nothing else: a new interpreter would spend
-most of its life on imports, and faults would mostly strike those.
 """
 
 from __future__ import annotations
@@ -19,9 +16,7 @@ import contextlib
 import datetime
 import functools
 import gc
-import hashlib
 import json
-import math
 import os
 import platform
 import random
@@ -31,26 +26,23 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import diffusers
-import psutil
-import safetensors
 import torch
 import transformers
-import yaml
 from faulty_disk import FaultyDisk
+from forked_runs import Lost, fork, last_line, log_through_a_pipe, run_to_its_end, wait
+from run_content import compare, content_of_prepared, content_of_run
 
 import cogvideox_factory.planning.before_training
 import cogvideox_factory.prepare
 import cogvideox_factory.report
 import cogvideox_factory.training.loop
-from cogvideox_factory.cli import main as program
 from cogvideox_factory.command_line import parse_command
 from cogvideox_factory.config import COMMANDS
 from cogvideox_factory.demo.clips import PROMPTS, render_clips
@@ -58,9 +50,7 @@ from cogvideox_factory.demo.tiny_model import build_tiny_pipeline
 
 NUM_CLIPS, NUM_STEPS, STOPPED_AFTER = 4, 12, 8
 DAMAGED = {"prepare": "the prepared set", "train": "the newest checkpoint"}
-HANG_SECONDS = 120
 SLOW_SECONDS = 0.002  # a piece, of which there are hundreds
-TIMES_OF_A_STEP = ("step_seconds", "data_seconds", "memory_gib", "seconds")
 BEGIN, END = "<!-- fault injection: begin -->", "<!-- fault injection: end -->"
 FAULTS = {
     "kill": "kill -9 at a random moment",
@@ -87,123 +77,6 @@ class Round:
     detail: str
     codes: list[int] = field(default_factory=list)  # exit codes; minus the signal's number where one ended it
     lost: str | None = None  # why; None: survived
-
-
-class Lost(Exception):
-    """What went wrong in a round."""
-
-
-# Processes
-
-
-def fork(arguments: Sequence[str], log: Path, before: Callable[[], None]) -> int:
-    """Start the program in a child; `before` is called there first."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    child = os.fork()
-    if child:
-        return child
-    _be_the_program(arguments, log, before)
-
-
-def _be_the_program(arguments: Sequence[str], log: Path, before: Callable[[], None]) -> NoReturn:
-    code = 1
-    try:
-        descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(descriptor, 1)
-        os.dup2(descriptor, 2)
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
-        before()
-        code = program(list(arguments))
-    except SystemExit as exit_request:
-        code = int(exit_request.code or 0)
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-
-
-def wait(child: int, seconds: float = math.inf, on_time: Callable[[float], None] = lambda used: None) -> int | None:
-    """Exit code of a child, minus the signal's number where one ended it; None where it runs on after these seconds
-    of its own processor time, which mean the same on a machine that is also doing other work.
-
-    `on_time` is told of that time now and then."""
-    process, started = psutil.Process(child), time.monotonic()
-    while True:
-        finished, status = os.waitpid(child, os.WNOHANG)
-        if finished:
-            return os.waitstatus_to_exitcode(status)
-        if time.monotonic() > started + HANG_SECONDS:
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-            raise Lost(f"hangs: not over after {HANG_SECONDS} s")
-        with contextlib.suppress(psutil.Error):  # it has just ended
-            used = process.cpu_times().user + process.cpu_times().system
-            on_time(used)
-            if used >= seconds:
-                return None
-        time.sleep(0.005)
-
-
-def run_to_its_end(arguments: Sequence[str], log: Path, before: Callable[[], None] = lambda: None, **watch: Any) -> int:
-    code = wait(fork(arguments, log, before), **watch)
-    assert code is not None
-    return code
-
-
-# What a run must end with
-
-
-def content_of(path: Path) -> Any:
-    """Bytes of a file; of tensors those of each by its name, since safetensors writes its header in any order."""
-    if path.suffix != ".safetensors":
-        return path.read_bytes()
-    with safetensors.safe_open(path, "pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        found = {name: (str(value.dtype), value.shape, value.numpy().tobytes()) for name, value in tensors.items()}
-        return {"metadata": file.metadata(), **found}
-
-
-def content_of_prepared(folder: Path) -> dict[str, Any]:
-    """All that training reads, and what became of the clips. Unfinished files of a killed process are not read."""
-    files = {
-        path.relative_to(folder).as_posix(): content_of(path)
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and not path.name.startswith(".")
-    }
-    report = json.loads(files.pop("report.json"))
-    return {**files, "report.json": [report.get(name) for name in ("clips", "skipped")]}
-
-
-def content_of_run(folder: Path) -> dict[str, Any]:
-    """What was trained, all that it would go on from, and what was written down, without the times it took."""
-    found: dict[str, Any] = {
-        name: content_of(folder / name) for name in ("pytorch_lora_weights.safetensors", "README.md")
-    }
-    for name in ("metrics.jsonl", "validation_loss.jsonl"):
-        lines = [json.loads(line) for line in (folder / name).read_text().splitlines()]
-        found[name] = [{key: value for key, value in line.items() if key not in TIMES_OF_A_STEP} for line in lines]
-    config = yaml.safe_load((folder / "config.yaml").read_text())
-    found["config.yaml"] = {name: value for name, value in config.items() if name not in ("output_dir", "data_root")}
-    last = folder / "checkpoints" / f"step-{NUM_STEPS:08}"
-    found |= {f"{last.name}/{path.name}": content_of(path) for path in sorted(last.iterdir())}
-    for name, promised in json.loads(found.pop(f"{last.name}/manifest.json"))["files"].items():
-        if hashlib.sha256((last / name).read_bytes()).hexdigest() != promised["sha256"]:
-            raise Lost(f"ends with a manifest that {name} does not match")
-    return found
-
-
-def compare(found: dict[str, Any], expected: dict[str, Any]) -> None:
-    differing = [name for name in sorted(found.keys() | expected.keys()) if found.get(name) != expected.get(name)]
-    for index, name in enumerate(differing):
-        one, other = found.get(name), expected.get(name)
-        if isinstance(one, dict) and isinstance(other, dict):  # then say what in it
-            parts = [part for part in sorted(one.keys() | other.keys()) if one.get(part) != other.get(part)]
-            differing[index] = f"{name} ({', '.join(parts[:3])})"
-    if differing:
-        raise Lost(f"ends with other content of {', '.join(differing)}")
 
 
 class Bench:
@@ -293,7 +166,7 @@ class Bench:
 
     def content(self, command: str, folder: Path) -> dict[str, Any]:
         try:
-            return content_of_run(folder) if command == "train" else content_of_prepared(folder)
+            return content_of_run(folder, NUM_STEPS) if command == "train" else content_of_prepared(folder)
         except (OSError, ValueError) as error:
             raise Lost(f"ends without its result: {error}") from error
 
@@ -367,7 +240,7 @@ class Bench:
         # Python ignores the signal, so that writing fails with EFBIG. The log is a file too, so its lines go to a pipe.
         code = run_to_its_end(
             *(self.arguments(round.command, folder), log),
-            lambda: (_log_through_a_pipe(log), resource.setrlimit(resource.RLIMIT_FSIZE, soft_and_hard)),
+            lambda: (log_through_a_pipe(log), resource.setrlimit(resource.RLIMIT_FSIZE, soft_and_hard)),
         )
         round.codes.append(code)
         if code not in (1, 2) or "File too large" not in log.read_text():
@@ -503,18 +376,6 @@ def damage(path: Path, kind: str, position: float, randomness: random.Random) ->
     content[place] ^= 1 << bit
     path.write_bytes(content)
     return f"bit {bit} of byte {place} of {len(content)}"
-
-
-def last_line(log: Path) -> str:
-    lines = log.read_text(errors="replace").strip().splitlines() if log.exists() else []
-    return lines[-1] if lines else "(nothing was said)"
-
-
-def _log_through_a_pipe(log: Path) -> None:
-    reader = subprocess.Popen(["sh", "-c", f'cat >> "{log}"'], stdin=subprocess.PIPE)
-    assert reader.stdin
-    os.dup2(reader.stdin.fileno(), 1)
-    os.dup2(reader.stdin.fileno(), 2)
 
 
 # What is told of it

@@ -18,8 +18,10 @@ from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 import fault_injection
-from fault_injection import Lost, compare, content_of, damage, table, with_table
+from fault_injection import damage, table, with_table
 from faulty_disk import FaultyDisk
+from forked_runs import Lost
+from run_content import compare, content_of
 
 ROOT = Path(__file__).parents[2]
 
