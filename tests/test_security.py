@@ -26,6 +26,7 @@ UNSAFE_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal
 MAY_IMPORT = {("src/cogvideox_factory/data/decoding.py", "pickle")}
 MAY_UNPICKLE = {("src/cogvideox_factory/data/decoding.py", "_serve")}
 UNSAFE_NAMES = {"eval", "exec", "compile", "__import__"}
+TELLING_ARGUMENTS = {"weights_only", "allow_pickle", "trust_remote_code", "use_safetensors", "custom_pipeline", "shell"}
 SAFE_YAML = {"safe_load", "safe_dump", "YAMLError"}
 
 
@@ -61,7 +62,7 @@ def faults_of(source: str, file: str) -> Iterator[str]:
 
 
 def faults_of_call(call: ast.Call, place: str) -> Iterator[str]:
-    given = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
+    given = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords if keyword.arg in TELLING_ARGUMENTS}
     name = ast.unparse(call.func)
     if name in UNSAFE_NAMES:
         yield f"{place}: {name}"
