@@ -108,10 +108,9 @@ def look_at(process: psutil.Process) -> Sample:
 def summary_of(samples: Sequence[Sample]) -> dict[str, dict[str, Any]]:
     """Of each figure the medians of the first and the last quarter of the steps, the most, and the slope of a line."""
     last_step = samples[-1]["step"]
-    quarters = [[s for s in samples if low <= s["step"] / last_step <= low + 0.25] for low in (0, 0.75)]
     found = {}
     for name, limit in LIMITS.items():
-        first, last = (statistics.median(sample[name] for sample in quarter) for quarter in quarters)
+        first, last = (statistics.median(quarter) for quarter in first_and_last_quarter(samples, name))
         settled = [sample for sample in samples if sample["step"] > last_step / 10]
         slope = np.polyfit([sample["step"] for sample in settled], [sample[name] for sample in settled], 1)[0]
         found[name] = {
@@ -124,16 +123,24 @@ def summary_of(samples: Sequence[Sample]) -> dict[str, dict[str, Any]]:
     return found
 
 
+def first_and_last_quarter(samples: Sequence[Sample], name: str) -> tuple[list[float], list[float]]:
+    """Values of a figure in the first and in the last quarter of the steps."""
+    last_step = samples[-1]["step"]
+    first = [sample[name] for sample in samples if sample["step"] <= last_step / 4]
+    return first, [sample[name] for sample in samples if sample["step"] >= last_step * 3 / 4]
+
+
 def table(result: dict[str, Any]) -> str:
     lines = [
-        "| | first quarter | last quarter | most | slope over 1,000 steps |",
+        "| | first quarter: median, least | last quarter: median, least | most | slope over 1,000 steps |",
         "|---|---|---|---|---|",
-        *(
-            f"| {NAMES[name]} | {row['first_quarter']:g} | {row['last_quarter']:g} | {row['most']:g} | "
-            f"{row['slope_per_1000_steps']:+.2f} |"
-            for name, row in result["summary"].items()
-        ),
     ]
+    for name, row in result["summary"].items():
+        least_first, least_last = map(min, first_and_last_quarter(result["samples"], name))
+        lines.append(
+            f"| {NAMES[name]} | {row['first_quarter']:g}, {least_first:g} | {row['last_quarter']:g}, {least_last:g} | "
+            f"{row['most']:g} | {row['slope_per_1000_steps']:+.2f} |"
+        )
     where = f"{result['machine']}, torch {result['versions']['torch']}"
     done = f"{result['steps']:,} steps in {result['seconds'] / 60:.0f} minutes, {result['num_samples']:,} looks"
     return "\n".join([*lines, "", f"Run on {result['date']} ({where}): {done}."])
