@@ -404,6 +404,14 @@ def with_table(page: str, result: dict[str, Any]) -> str:
     return f"{before}{BEGIN}\n{table(result)}\n{END}{rest.split(END)[1]}"
 
 
+def added(earlier: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
+    """Earlier results with the rounds of some faults in place of those that they had."""
+    anew = {(tried["command"], tried["fault"]) for tried in result["rounds"]}
+    kept = [tried for tried in earlier["rounds"] if (tried["command"], tried["fault"]) not in anew]
+    seconds = round(earlier["cpu_seconds"] + result["cpu_seconds"], 1)
+    return {**result, "cpu_seconds": seconds, "rounds": [*kept, *result["rounds"]]}
+
+
 def may_mount(folder: Path) -> bool:
     done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)], capture_output=True)
     if done.returncode == 0:
@@ -420,6 +428,7 @@ def main() -> int:
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, help="JSON file of all rounds")
+    parser.add_argument("--add", action="store_true", help="keep the rounds of other faults that --output has already")
     parser.add_argument("--page", type=Path, help="page whose table is to be written anew")
     parser.add_argument("--work", type=Path, help="folder that is kept; it holds the runs that were lost")
     options = parser.parse_args()
@@ -457,6 +466,8 @@ def main() -> int:
         "cpu_seconds": float(f"{used_by_children():.1f}"),
         "rounds": [asdict(round) for round in rounds],
     }
+    if options.add and options.output:
+        result = added(json.loads(options.output.read_text()), result)
     print(table(result))
     if options.output:
         options.output.write_text(json.dumps(result, indent=1) + "\n")

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 import fault_injection
-from fault_injection import damage, table, with_table
+from fault_injection import added, damage, table, with_table
 from faulty_disk import FaultyDisk
 from forked_runs import Lost
 from run_content import compare, content_of
@@ -90,6 +90,17 @@ def test_what_was_lost_is_counted() -> None:
     result = {"rounds": rounds, "date": "d", "machine": "m", "torch": "t", "cpu_seconds": 1.0}
     assert "| `train` | kill -9 at a random moment | 3 | 2 | 1 |" in table(result)
     assert "| **all of them** | 3 | 2 | **1** |" in table(result)
+
+
+def test_rounds_of_some_faults_take_the_place_of_those_that_were_there() -> None:
+    def result(*rounds: tuple[str, str | None]) -> dict[str, Any]:
+        return {
+            "cpu_seconds": 2.0,
+            "rounds": [{"command": "train", "fault": fault, "lost": lost} for fault, lost in rounds],
+        }
+
+    found = added(result(("kill", None), ("full", "hangs"), ("full", None)), result(("full", None)))
+    assert found == {**result(("kill", None), ("full", None)), "cpu_seconds": 4.0}
 
 
 def test_the_page_shows_the_table_of_the_last_run_and_nothing_was_lost() -> None:
