@@ -11,7 +11,7 @@ from cogvideox_factory.command_line import parse_command
 from cogvideox_factory.config import Plan, UserError, with_values
 from cogvideox_factory.memory.tracker import PARTS, Moment
 from cogvideox_factory.planning import open_configs, resolve
-from cogvideox_factory.planning.engines import Weights, of_a_rank
+from cogvideox_factory.planning.engines import Weights, at_start, of_a_rank
 from cogvideox_factory.planning.search import Budget, search
 from cogvideox_factory.planning.texts import GIB, budget_of
 from cogvideox_factory.planning.traces import Traces
@@ -79,6 +79,12 @@ def test_zero3_divides_the_weights_too_and_keeps_its_parts_on_the_host() -> None
     assert rank.host == (105 * 2 + 5 * 16) * MILLION // 5
 
 
+def test_deepspeed_brings_the_whole_model_before_it_divides_it() -> None:
+    (start,) = at_start("zero3", 8, LORA).values()
+    assert start.parts == moment(weights=2 * 105 * MILLION).parts
+    assert not at_start("zero3", 1, LORA) and not at_start("fsdp2", 8, LORA) and not at_start("zero2", 8, LORA)
+
+
 def test_fsdp2_keeps_a_rank_s_parts_and_the_blocks_at_work() -> None:
     rank = one(FULL_STEP, "fsdp2", 4, FULL)
     assert rank.parts["weights"] == (100 // 4 * 4 + 10 * 2) * MILLION
@@ -87,9 +93,9 @@ def test_fsdp2_keeps_a_rank_s_parts_and_the_blocks_at_work() -> None:
     assert rank.parts["weights"] == (100 // 5 * 2 + 5 // 5 * 4 + 10 * 2) * MILLION and rank.parts["adapter"] == 0
 
 
-def test_the_plan_is_of_one_rank(tiny_model: Path) -> None:
+def test_the_plan_is_of_one_rank(shallow_model: Path) -> None:
     """What is held between two steps of full fine-tuning."""
-    flags = ("--pretrained_model_name_or_path", str(tiny_model), "--training_type", "sft")
+    flags = ("--pretrained_model_name_or_path", str(shallow_model), "--training_type", "sft")
     options = parse_command(Plan, "plan", (*flags, "--mixed_precision", "bf16"))
     held = {}
     with open_configs(options) as checkpoint:
@@ -120,8 +126,8 @@ def test_processes_of_a_machine_share_its_memory() -> None:
     assert budget_of(shared).gpu == pytest.approx((24 - 1.2) * GIB)
 
 
-def test_what_does_not_go_with_an_engine_is_neither_taken_nor_chosen(tiny_model: Path) -> None:
-    flags = ("--pretrained_model_name_or_path", str(tiny_model), "--training_type", "sft", "--mixed_precision", "bf16")
+def test_what_does_not_go_with_an_engine_is_neither_taken_nor_chosen(shallow_model: Path) -> None:
+    flags = ("--pretrained_model_name_or_path", str(shallow_model), "--training_type", "sft", "--mixed_precision", "bf16")
     several = ("--num_processes", "2", "--engine", "zero2")
     options = parse_command(Plan, "plan", (*flags, *several, "--use_8bit"))
     with open_configs(options) as checkpoint, pytest.raises(UserError, match="--use_8bit: not together with DeepSpeed"):
@@ -134,8 +140,8 @@ def test_what_does_not_go_with_an_engine_is_neither_taken_nor_chosen(tiny_model:
     assert not refused & set(found.values)
 
 
-def test_what_an_engine_has_views_of_stays_while_a_video_is_decoded(tiny_model: Path) -> None:
-    flags = ("--pretrained_model_name_or_path", str(tiny_model), "--rank", "4", "--enable_model_cpu_offload")
+def test_what_an_engine_has_views_of_stays_while_a_video_is_decoded(shallow_model: Path) -> None:
+    flags = ("--pretrained_model_name_or_path", str(shallow_model), "--rank", "4", "--enable_model_cpu_offload")
     options = parse_command(Plan, "plan", flags)
     waiting = {}
     with open_configs(options) as checkpoint:

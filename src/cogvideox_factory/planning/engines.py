@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from cogvideox_factory.memory.tracker import Moment
+from cogvideox_factory.memory.tracker import PARTS, Moment
 from cogvideox_factory.planning.depth import Stages
 
 FP32, HALF = 4, 2  # bytes of a number
@@ -36,6 +36,13 @@ def of_a_rank(stages: Stages, engine: str, num_ranks: int, weights: Weights) -> 
     """Stages of a phase in which a training is in memory, on one of `num_ranks` processes."""
     change = _ENGINES[engine]
     return {key: change(stage, num_ranks, weights) for key, stage in stages.items()} if num_ranks > 1 else stages
+
+
+def at_start(engine: str, num_ranks: int, weights: Weights) -> Stages:
+    """Stages before the training that one process alone has not: DeepSpeed divides a model that is on the GPU."""
+    if num_ranks == 1 or engine != "zero3":
+        return {}
+    return {("before it is divided", 0): Moment({**dict.fromkeys(PARTS, 0), "weights": HALF * weights.count}, 0)}
 
 
 def _ddp(stage: Moment, num_ranks: int, weights: Weights) -> Moment:

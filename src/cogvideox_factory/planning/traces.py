@@ -13,7 +13,7 @@ import torch
 from cogvideox_factory.config import Plan, option_values, with_values
 from cogvideox_factory.model.family import Checkpoint
 from cogvideox_factory.planning.depth import Stages, along_line, at_full_depth
-from cogvideox_factory.planning.engines import Weights, of_a_rank
+from cogvideox_factory.planning.engines import Weights, at_start, of_a_rank
 from cogvideox_factory.planning.fakes import fake_world
 from cogvideox_factory.planning.phases import (
     Phase,
@@ -85,7 +85,8 @@ class Traces:
         }[name]
         stages = self._with_residents(name, options, without, trace)
         if options.num_processes > 1 and name != "testing":  # by then the training and its engine have gone
-            stages = of_a_rank(stages, options.engine, options.num_processes, self._weights(options))
+            ranks = options.engine, options.num_processes, self._weights(options)
+            stages = {**of_a_rank(stages, *ranks), **(at_start(*ranks) if name == "training" else {})}
         return Phase(name, stages)
 
     def _weights(self, options: Plan) -> Weights:
