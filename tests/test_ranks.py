@@ -68,6 +68,22 @@ def working(error: Exception | None = None, result: Any = None) -> Callable[[Sto
     return work
 
 
+def test_a_process_that_dies_without_a_word_is_not_waited_for(on_ranks, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranks, "SILENCE_SECONDS", 0.2)
+    monkeypatch.setattr(ranks, "BEAT_SECONDS", 0.01)
+    start = ranks._start_pulse
+    monkeypatch.setattr(ranks, "_start_pulse", lambda store, number: start(store, number) if number != 1 else None)
+
+    def slow(stop: StopRequest) -> None:
+        time.sleep(0.5)  # longer than a silence may be: it lives, and is waited for
+        working()(stop)
+
+    first, died, third = on_ranks(working(), lambda stop: None, slow)
+    assert died is None
+    for waiting in (first, third):
+        assert isinstance(waiting, RunError) and "process 1 of 3 has not been heard of" in str(waiting)
+
+
 def test_nobody_leaves_before_all_have_come(on_ranks) -> None:
     arrived: list[int] = []
 
@@ -104,7 +120,7 @@ def test_the_first_that_may_keep_the_store_leaves_when_the_others_have_read(on_r
         with ranks.together(stop):
             pass
 
-    monkeypatch.setattr(ranks, "time", SimpleNamespace(sleep=pause))
+    monkeypatch.setattr(ranks, "time", SimpleNamespace(sleep=pause, monotonic=time.monotonic))
     threading.Timer(0.3, asleep.set).start()
     assert on_ranks(first, second) == [None, None]
     assert events.index("looks") < events.index("leaves")

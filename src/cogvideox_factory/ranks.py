@@ -3,7 +3,8 @@
 Work that only some of them do, or that takes them unequal times, stands inside `with together(stop):`. They exchange
 how it went through the launcher's key-value store, in which they found each other at the start. Rejected: collective
 operations. A process that waits in one hears no signal and never learns that the others have failed; and as such
-work can take hours, their time limit would have to be so long that a dead machine holds up all others.
+work can take hours, their time limit would have to be so long that a dead machine holds up all others. Instead each
+says every few seconds that it lives.
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 from cogvideox_factory.config import RunError, UserError
@@ -24,6 +26,10 @@ ENDING = "cogvideox-factory/ending"  # set by a process that has to end
 MEETING = "cogvideox-factory/meeting"
 # How often a process that waits looks whether the others have come: soon at first, then less often.
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.001, 0.25
+ALIVE = "cogvideox-factory/alive"
+# How often a process says that it lives, and after how long a silence the others take it for dead: longer than any
+# operation that lets no other thread run, such as page-locking tens of GiB.
+BEAT_SECONDS, SILENCE_SECONDS = 5.0, 300.0
 _echoes: weakref.WeakSet[Exception] = weakref.WeakSet()
 _next_meeting = itertools.count().__next__  # the processes meet in the same order
 
@@ -41,9 +47,11 @@ def rank() -> int:
 
 
 def share_requests(stop: StopRequest) -> None:
-    """From now on a stop that is requested of one process is seen by all, each when it looks the next time."""
+    """From now on a stop that is requested of one process is seen by all, each when it looks the next time, and so is
+    that a process lives."""
     if num_ranks() > 1:
         store = _store()
+        _start_pulse(store, rank())
         stop.hear = lambda is_requested: _hear(store, is_requested)
 
 
@@ -111,23 +119,47 @@ def _exchange(stop: StopRequest, mine: str, *, is_ending: bool) -> list[str]:
     if is_ending:
         store.set(ENDING, "1")  # so that the others come soon
     store.set(f"{place}/{rank()}", mine)
-    keys = [f"{place}/{number}" for number in range(num_ranks())]
+    keys = {number: f"{place}/{number}" for number in range(num_ranks())}
     _wait_for(store, keys, stop)
-    answers = [store.get(key).decode() for key in keys]
+    answers = [store.get(key).decode() for key in keys.values()]
     # The first process may be the one that keeps the store, and may end now: it leaves when the others have read.
     if rank():
         store.set(f"{place}/read/{rank()}", "")
     else:
-        _wait_for(store, [f"{place}/read/{number}" for number in range(1, num_ranks())], stop)
+        _wait_for(store, {number: f"{place}/read/{number}" for number in range(1, num_ranks())}, stop)
     return answers
 
 
-def _wait_for(store: Any, keys: list[str], stop: StopRequest) -> None:
+def _wait_for(store: Any, keys: Mapping[int, str], stop: StopRequest) -> None:
+    """Until these keys of these processes are there. Raises RunError where one of them has died before."""
     pause = FIRST_PAUSE_SECONDS
-    while not store.check(keys):
+    heard: dict[int, tuple[bytes | None, float]] = {}  # each one's last beat, and when it was another for the last time
+    while not store.check(list(keys.values())):
         time.sleep(pause)
         pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
         _ = stop.requested  # passes on a signal that came to this process
+        for number, key in keys.items():
+            beat = store.get(f"{ALIVE}/{number}") if store.check([f"{ALIVE}/{number}"]) else None
+            if number not in heard or heard[number][0] != beat:
+                heard[number] = beat, time.monotonic()
+            elif time.monotonic() - heard[number][1] > SILENCE_SECONDS and not store.check([key]):
+                raise RunError(
+                    f"process {number} of {num_ranks()} has not been heard of for {SILENCE_SECONDS:.0f} seconds: it "
+                    "or its machine has died. Start all of them again; a training goes on from its newest checkpoint"
+                )
+
+
+def _start_pulse(store: Any, number: int) -> None:
+    """Say every few seconds that this process lives, whatever it is doing. By a count, as machines' clocks differ."""
+    own = store.clone()  # a connection that another thread may use at any time
+
+    def beat() -> None:
+        with contextlib.suppress(RuntimeError):  # the process that keeps the store is gone
+            for count in itertools.count():
+                own.set(f"{ALIVE}/{number}", str(count))
+                time.sleep(BEAT_SECONDS)
+
+    threading.Thread(target=beat, name="pulse", daemon=True).start()
 
 
 def _hear(store: Any, is_requested: bool) -> bool:

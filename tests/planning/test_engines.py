@@ -11,7 +11,7 @@ from cogvideox_factory.command_line import parse_command
 from cogvideox_factory.config import Plan, UserError, with_values
 from cogvideox_factory.memory.tracker import PARTS, Moment
 from cogvideox_factory.planning import open_configs, resolve
-from cogvideox_factory.planning.engines import Weights, at_start, of_a_rank
+from cogvideox_factory.planning.engines import Weights, of_a_rank, stages_of_its_own
 from cogvideox_factory.planning.search import Budget, search
 from cogvideox_factory.planning.texts import GIB, budget_of
 from cogvideox_factory.planning.traces import Traces
@@ -80,9 +80,19 @@ def test_zero3_divides_the_weights_too_and_keeps_its_parts_on_the_host() -> None
 
 
 def test_deepspeed_brings_the_whole_model_before_it_divides_it() -> None:
-    (start,) = at_start("zero3", 8, LORA).values()
+    start = stages_of_its_own("zero3", 8, 8, LORA)["before it is divided", 0]
     assert start.parts == moment(weights=2 * 105 * MILLION).parts
-    assert not at_start("zero3", 1, LORA) and not at_start("fsdp2", 8, LORA) and not at_start("zero2", 8, LORA)
+    assert stages_of_its_own("fsdp2", 8, 8, FULL)["before it is divided", 0] == moment(host=4 * 100 * MILLION)
+    for engine, count in (("zero3", 1), ("ddp", 8)):
+        assert not stages_of_its_own(engine, count, count, LORA)
+
+
+def test_a_checkpoint_gathers_weights_and_states_on_one_machine() -> None:
+    for engine in ("zero2", "fsdp2"):
+        saved = stages_of_its_own(engine, 8, 4, FULL)["a checkpoint", 0]
+        assert saved == moment(host=12 * 100 * MILLION // 4)
+    saved = stages_of_its_own("zero3", 10, 5, FULL)["a checkpoint", 0]
+    assert saved.host == (12 * 100 // 5 + (2 + 4 + 12) * 100 // 10) * MILLION
 
 
 def test_fsdp2_keeps_a_rank_s_parts_and_the_blocks_at_work() -> None:
@@ -119,6 +129,13 @@ def test_what_is_for_one_gpu_is_refused_and_not_chosen() -> None:
         resolve(options, checkpoint)
 
 
+def test_fp16_is_for_ddp() -> None:
+    several = ("--pretrained_model_name_or_path", "THUDM/CogVideoX-2b", "--num_processes", "2", "--engine", "zero2")
+    options = parse_command(Plan, "plan", several)
+    with open_configs(options) as checkpoint, pytest.raises(UserError, match="--mixed_precision fp16: not together"):
+        resolve(options, checkpoint)
+
+
 def test_processes_of_a_machine_share_its_memory() -> None:
     options = Plan(num_processes=8, num_machines=2)
     shared = with_values(options, {"host_memory": 128.0, "gpu_memory": 24.0})
@@ -127,7 +144,14 @@ def test_processes_of_a_machine_share_its_memory() -> None:
 
 
 def test_what_does_not_go_with_an_engine_is_neither_taken_nor_chosen(shallow_model: Path) -> None:
-    flags = ("--pretrained_model_name_or_path", str(shallow_model), "--training_type", "sft", "--mixed_precision", "bf16")
+    flags = (
+        "--pretrained_model_name_or_path",
+        str(shallow_model),
+        "--training_type",
+        "sft",
+        "--mixed_precision",
+        "bf16",
+    )
     several = ("--num_processes", "2", "--engine", "zero2")
     options = parse_command(Plan, "plan", (*flags, *several, "--use_8bit"))
     with open_configs(options) as checkpoint, pytest.raises(UserError, match="--use_8bit: not together with DeepSpeed"):

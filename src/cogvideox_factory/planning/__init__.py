@@ -24,7 +24,7 @@ from cogvideox_factory.planning.search import search
 from cogvideox_factory.planning.texts import as_json, as_reasons, as_text, budget_of, nothing_fits
 from cogvideox_factory.planning.traces import Traces
 from cogvideox_factory.sampling import resolve_sampling
-from cogvideox_factory.training.engine import check_options_of_engine
+from cogvideox_factory.training.engine import check_options_of_engine, check_precision_of_engine
 from cogvideox_factory.training.optimizers import check_optimizer_options
 from cogvideox_factory.training.run_options import resolve_options
 
@@ -99,6 +99,7 @@ def resolve(options: Plan, checkpoint: Checkpoint) -> Plan:
     check_optimizer_options(resolved.optimizer, options.num_processes, has_scaler=has_scaler)
     check_memory(resolved, options.num_processes, has_scaler=has_scaler)
     if options.num_processes > 1:
+        check_precision_of_engine(training_dtype(resolved, checkpoint), options.engine)
         check_options_of_engine(resolved, options.engine)
     sampling = resolve_sampling(
         options.sampling, largest_bucket(resolved), checkpoint.size_divisor, checkpoint.temporal_factor

@@ -38,11 +38,27 @@ def of_a_rank(stages: Stages, engine: str, num_ranks: int, weights: Weights) -> 
     return {key: change(stage, num_ranks, weights) for key, stage in stages.items()} if num_ranks > 1 else stages
 
 
-def at_start(engine: str, num_ranks: int, weights: Weights) -> Stages:
-    """Stages before the training that one process alone has not: DeepSpeed divides a model that is on the GPU."""
-    if num_ranks == 1 or engine != "zero3":
+def stages_of_its_own(engine: str, num_ranks: int, num_of_machine: int, weights: Weights) -> Stages:
+    """Stages of a training that one process alone has not. `num_of_machine` processes share a machine."""
+    if num_ranks == 1 or engine == "ddp":
         return {}
-    return {("before it is divided", 0): Moment({**dict.fromkeys(PARTS, 0), "weights": HALF * weights.count}, 0)}
+    frozen = weights.count - weights.trained
+    on_host = FP32 * weights.trained + HALF * frozen if engine == "fsdp2" else 0
+    # The first process gathers weights and states for a checkpoint, beside what all have there. Its machine has room
+    # for it or not: told of each of the machine's processes is their part of it.
+    waiting = _zero3(_EMPTY, num_ranks, weights).host if engine == "zero3" else 0
+    return {
+        # DeepSpeed divides a model that is on the GPU; trained weights are made fp32 for FSDP2.
+        ("before it is divided", 0): _moment(HALF * weights.count if engine == "zero3" else 0, on_host),
+        ("a checkpoint", 0): _moment(0, waiting + -(-ADAM * weights.trained // num_of_machine)),
+    }
+
+
+def _moment(weights: int, host: int) -> Moment:
+    return Moment({**dict.fromkeys(PARTS, 0), "weights": weights}, host)
+
+
+_EMPTY = _moment(0, 0)
 
 
 def _ddp(stage: Moment, num_ranks: int, weights: Weights) -> Moment:

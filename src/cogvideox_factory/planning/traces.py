@@ -5,6 +5,7 @@ A phase depends on some of the options alone, and on how many blocks are residen
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from cogvideox_factory.config import Plan, option_values, with_values
 from cogvideox_factory.model.family import Checkpoint
 from cogvideox_factory.planning.depth import Stages, along_line, at_full_depth
-from cogvideox_factory.planning.engines import Weights, at_start, of_a_rank
+from cogvideox_factory.planning.engines import Weights, of_a_rank, stages_of_its_own
 from cogvideox_factory.planning.fakes import fake_world
 from cogvideox_factory.planning.phases import (
     Phase,
@@ -85,8 +86,10 @@ class Traces:
         }[name]
         stages = self._with_residents(name, options, without, trace)
         if options.num_processes > 1 and name != "testing":  # by then the training and its engine have gone
-            ranks = options.engine, options.num_processes, self._weights(options)
-            stages = {**of_a_rank(stages, *ranks), **(at_start(*ranks) if name == "training" else {})}
+            engine, count, weights = options.engine, options.num_processes, self._weights(options)
+            stages = dict(of_a_rank(stages, engine, count, weights))
+            if name == "training":
+                stages |= stages_of_its_own(engine, count, math.ceil(count / options.num_machines), weights)
         return Phase(name, stages)
 
     def _weights(self, options: Plan) -> Weights:

@@ -224,11 +224,16 @@ def backward(accelerator: Accelerator, model, loss: torch.Tensor, *, is_last: bo
         accelerator.backward(loss)
 
 
+def check_precision_of_engine(dtype: torch.dtype, engine: str | None) -> None:
+    """Raises UserError for fp16 where an engine steps weights of its own, which would not know of the loss scaler."""
+    if dtype == torch.float16 and engine != "ddp":
+        name = ENGINES.get(engine or "", "DeepSpeed")
+        raise UserError(f"--mixed_precision fp16: not together with {name} here; take --mixed_precision bf16")
+
+
 def _precision_of_engine(dtype: torch.dtype) -> str:
     """fp16 gradients need a loss scaler, bf16 none. DeepSpeed is to know of bf16, whose weights get masters there."""
-    engine = "DeepSpeed" if asks_for_deepspeed() else "FSDP2" if _is_set("ACCELERATE_USE_FSDP") else None
-    if dtype == torch.float16 and engine:
-        raise UserError(f"--mixed_precision fp16: not together with {engine} here; take --mixed_precision bf16")
+    check_precision_of_engine(dtype, engine_of_launcher())
     is_bf16 = dtype == torch.bfloat16 and asks_for_deepspeed()
     return "bf16" if is_bf16 else "fp16" if dtype == torch.float16 else "no"
 
