@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from cogvideox_factory import cli as cli_module
-from cogvideox_factory.cli import main
+from cogvideox_factory.cli import main, run_guarded
 from cogvideox_factory.config import COMMANDS
 
 Cli = Callable[..., tuple[int, str, str]]
@@ -182,3 +182,13 @@ def test_the_whole_demo_as_a_process(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert_demo_ended(done.stderr)
     assert "Warning" not in done.stderr and "WARNING" not in done.stderr
+
+
+def test_a_fault_of_ours_is_reported_by_a_traceback_without_secrets(capsys: pytest.CaptureFixture[str]) -> None:
+    def fail() -> None:
+        raise RuntimeError("hf_abcdefghijklmnopqrstuvwxyz012345 https://user:word@example.org/a.png?sig=0123")
+
+    assert run_guarded(fail) == 1
+    messages = capsys.readouterr().err
+    assert "Traceback" in messages and "in fail" in messages
+    assert not any(secret in messages.split("RuntimeError:")[-1] for secret in ("hf_abc", "word", "sig=0123"))

@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -33,6 +34,7 @@ from cogvideox_factory.config import (
 )
 from cogvideox_factory.progress import AboveBarHandler
 from cogvideox_factory.ranks import is_echo
+from cogvideox_factory.redaction import without_secrets
 
 logger = logging.getLogger(__name__)
 REMEDIES = {
@@ -81,7 +83,8 @@ def run_guarded(command: Callable[[], Any]) -> int:
     except Exception as error:
         message = failure_message(error)
         if message is None:  # a fault of ours, which is reported best by its traceback
-            raise
+            print(without_secrets(traceback.format_exc()), file=sys.stderr)
+            return EXIT_FAILED
         if not is_echo(error):
             print_error(message)
         return EXIT_FAILED

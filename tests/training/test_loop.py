@@ -22,7 +22,7 @@ from diffusers.training_utils import compute_snr
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
-from cogvideox_factory.config import Train, TrainingOptions
+from cogvideox_factory.config import Train, TrainingOptions, UserError
 from cogvideox_factory.data import loader
 from cogvideox_factory.data.loader import PreparedClips
 from cogvideox_factory.data.sampler import Position, Sampler
@@ -34,6 +34,7 @@ from cogvideox_factory.run_folder import list_checkpoints
 from cogvideox_factory.training import checkpoint as checkpoint_module
 from cogvideox_factory.training import loop
 from cogvideox_factory.training.metrics import MetricsLog, read_metrics
+from cogvideox_factory.training.validation import Validation
 
 Cli = Callable[..., tuple[int, str, str]]
 LORA = "pytorch_lora_weights.safetensors"
@@ -223,6 +224,21 @@ def test_resuming_from_an_older_checkpoint_drops_the_lines_after_it(train, tmp_p
 def test_latest_starts_from_the_beginning_where_nothing_is_saved_yet(train, tmp_path: Path) -> None:
     code, messages = train(tmp_path / "run", "--max_train_steps", "1", "--resume_from_checkpoint", "latest")
     assert code == 0 and "starting from the beginning" in messages
+
+
+def test_what_was_trained_is_saved_where_videos_cannot_be_made(
+    train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(self, step: int, *args, **kwargs) -> None:
+        if step == 2:
+            raise UserError("a picture is gone")
+
+    monkeypatch.setattr(Validation, "run_in_memory", fail)
+    run = tmp_path / "run"
+    prompt = ("--validation_prompt", "a ship", "--validation_steps", "1")
+    code, messages = train(run, "--max_train_steps", "3", "--checkpointing_steps", "3", *prompt)
+    assert code == 2 and "a picture is gone" in messages
+    assert [folder.name for folder in list_checkpoints(run)] == ["step-00000002"]
 
 
 def assert_same(ours: Mapping[str, torch.Tensor], theirs: Mapping[str, torch.Tensor]) -> None:

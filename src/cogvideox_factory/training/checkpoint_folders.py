@@ -96,6 +96,11 @@ def _latest_whole(run: Path) -> Path | None:
         damaged[folder] = damage
     else:
         if damaged:
+            if not any((folder / MANIFEST).exists() for folder in damaged):
+                raise UserError(
+                    f"--resume_from_checkpoint latest: no checkpoint of {run} has a {MANIFEST}: they are of an earlier "
+                    "version, which this one does not go on from; start anew in another --output_dir"
+                )
             listed = "; ".join(f"{folder.name}: {damage}" for folder, damage in damaged.items())
             raise UserError(
                 f"--resume_from_checkpoint latest: every checkpoint of {run} is damaged ({listed}); put back a copy, "

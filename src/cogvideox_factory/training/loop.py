@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from accelerate import Accelerator
 
-from cogvideox_factory.config import RunError, Train
+from cogvideox_factory.config import RunError, Train, UserError
 from cogvideox_factory.data.loader import StepBatches, load_steps
 from cogvideox_factory.data.sampler import Sampler
 from cogvideox_factory.data.split import num_videos
@@ -246,9 +246,12 @@ def train_steps(
 
     def validate_if_due() -> None:
         is_shared = has_divided_weights(accelerator)  # which take all ranks to make a video
-        is_due = first_rank_says(accelerator, validation.is_due(state.step, state.position.ended_epoch))
+        if not validation.videos or not first_rank_says(
+            accelerator, validation.is_due(state.step, state.position.ended_epoch)
+        ):
+            return
         with together(stop):
-            if not is_due or not (is_main or is_shared):
+            if not (is_main or is_shared):
                 return
             if state.step > first_step:
                 memory.record("memory_before_validation", memory.peak())
@@ -274,7 +277,7 @@ def train_steps(
     bar = progress_bar(None, "Training", "step", num_steps, done=state.step, is_silent=is_silent)
     log = MetricsLog(run, state.step, accelerator, also_to=trackers.log_line)
     skipped = SkippedSteps(run, state.step, accelerator, sampler, data.entries)
-    failure: RunError | None = None  # of what is read for a step; the steps before it are saved
+    failure: Exception | None = None  # of what is read for a step, or of its videos; the steps before it are saved
     is_save_due = False
     with log, held_out or contextlib.nullcontext(), bar, saver:
         while state.step < num_steps and not any_rank(accelerator, stop.requested or saver.has_failed)[0]:
@@ -292,7 +295,8 @@ def train_steps(
                 skipped.add(state.step + 1, step.position, result, training.max_skipped_steps)
                 if skipped.in_a_row == training.max_skipped_steps:
                     clips = told(skipped.last_clips)
-                    raise broken(f"{skipped.in_a_row} steps in a row are no numbers, the last of them of {clips}")
+                    with together(stop):
+                        raise broken(f"{skipped.in_a_row} steps in a row are no numbers, the last of them of {clips}")
             else:
                 skipped.end_row()
                 state.samples_seen += step.num_clips
@@ -324,11 +328,15 @@ def train_steps(
                 if held_out and held_out.is_due(state.step, num_steps):  # what was saved is safe if this is killed
                     with averaged(average):
                         held_out.measure(model, state.step, step.position.epoch, is_last=state.step == num_steps)
-                if state.step < num_steps:  # after the last step, what was saved is tested
-                    validate_if_due()
-            except RunError as error:  # of a file that is read for them
+            except RunError as error:  # of a file that is read for it
                 failure = error
                 break
+            if state.step < num_steps:  # after the last step, what was saved is tested
+                try:
+                    validate_if_due()
+                except (RunError, UserError, OSError, torch.OutOfMemoryError) as error:  # the weights are as they were
+                    failure = error
+                    break
     with together(stop):
         saver.wait()
     memory.record("memory_before_validation", memory.peak())
@@ -340,6 +348,8 @@ def train_steps(
         with together(stop):
             if accelerator.is_main_process:
                 memory.write()
+            if isinstance(failure, (UserError, torch.OutOfMemoryError)):  # whose messages have remedies of their own
+                raise failure
             if failure:
                 raise RunError(f"{failure}. All {state.step} steps before are saved; then go on with: {go_on}")
             raise Stopped(f"stopped after step {state.step} of {num_steps}, all saved; go on with: {go_on}")
