@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from cogvideox_factory.config import LoraOptions, OptimizerOptions, UserError
 from cogvideox_factory.data.buckets import Bucket
-from cogvideox_factory.data.manifest import damage_of
+from cogvideox_factory.data.manifest import MANIFEST, damage_of
 from cogvideox_factory.data.sampler import Layout, Position, Sampler
 from cogvideox_factory.model.adapters import attach_lora, trainable_parameters
 from cogvideox_factory.run_folder import list_checkpoints
@@ -453,6 +453,14 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_refused_and_nothing_is_renam
     with pytest.raises(UserError, match=r"every checkpoint .*step-00000002: state.json .* step-00000001: state"):
         find_checkpoint(tmp_path, "latest")
     assert names(tmp_path) == ["step-00000001", "step-00000002"]
+
+
+def test_checkpoints_of_an_earlier_version_are_not_called_damaged(tmp_path: Path) -> None:
+    save_steps(tmp_path, 1, 2)
+    for folder in list_checkpoints(tmp_path):
+        (folder / MANIFEST).unlink()
+    with pytest.raises(UserError, match="of an earlier version"):
+        find_checkpoint(tmp_path, "latest")
 
 
 def test_a_damaged_checkpoint_that_is_asked_for_by_name_is_refused_naming_the_file(tmp_path: Path) -> None:
