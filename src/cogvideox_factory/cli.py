@@ -155,7 +155,7 @@ def run_train(options: Train) -> None:
 
     run = train(*plan_training(options))
     if PartialState().is_main_process:  # not the variable RANK, which a user may have set for something else
-        run_report(Report(run=run))
+        run_report(Report(run=(run,)))
         if (run / "model_index.json").is_file():
             logger.info("model      %s", run)
         else:
@@ -171,10 +171,12 @@ def run_sample(options: Sample) -> None:
 
 
 def run_report(options: Report) -> None:
-    from cogvideox_factory.report import write_report
+    from cogvideox_factory.report import write_comparison, write_report
 
-    assert options.run is not None
-    logger.info("report     %s", write_report(options.run, options.output))
+    if len(options.run) == 1:
+        logger.info("report     %s", write_report(options.run[0], options.output))
+    else:
+        logger.info("comparison %s", write_comparison(options.run, options.output))
 
 
 RUN: dict[str, Callable[[Any], None]] = {

@@ -41,13 +41,17 @@ def parse_command(command_class: type[AnyCommand], name: str, arguments: Sequenc
     missing; exits with code 2 and a message for flags that cannot be parsed.
     """
     arguments, yaml_file = _take_config_flag(list(arguments))
+    first = getattr(command_class, "first_option", None)
+    if first and arguments and not arguments[0].startswith("-"):  # RUN_A RUN_B is --run RUN_A RUN_B
+        arguments = [f"--{first}", *arguments]
     arguments = _drop_needless(arguments, NEEDLESS.get(command_class, {}))
     from_yaml = _flags_from_yaml(yaml_file, command_class) if yaml_file else []
     options = _parse(command_class, name, [*from_yaml, *arguments])
     values = option_values(options)
     for required in getattr(command_class, "required", ()):
-        if values[required] is None:
-            raise UserError(f"--{required} is missing. Example: {getattr(command_class, 'example', '')}")
+        if values[required] in (None, ()):
+            example = getattr(command_class, "example", "").split("\n")[0]
+            raise UserError(f"--{required} is missing. Example: {example}")
     _check_values(options)
     return options
 

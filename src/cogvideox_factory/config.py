@@ -704,15 +704,17 @@ class Sample:
 
 @option_group
 class Report:
-    """Write the report of a training run: one HTML file that opens offline."""
+    """Write the report of a training run, or compare several: one HTML file that opens offline."""
 
-    run: PathOption = None
-    """Folder that `train` wrote."""
+    run: Annotated[tuple[Path, ...], tyro.conf.arg(metavar="PATH [PATH ...]")] = ()
+    """Folder that `train` wrote. Of several, the curves are drawn on the same axes, with what differs in their options
+    and their last videos side by side. Where the folders come first, --run itself can be left out."""
     output: PathOption = None
-    """The HTML file. Default: report.html in the run's folder."""
+    """The HTML file. Default: report.html in the run's folder; of several, comparison.html beside the first one's."""
 
     required = ("run",)
-    example = "cogvideox-factory report --run runs/steamboat"
+    first_option = "run"  # which arguments before any flag belong to
+    example = "cogvideox-factory report --run runs/steamboat\n  cogvideox-factory report runs/rank-16 runs/rank-64"
 
 
 Options = TypeVar("Options")
