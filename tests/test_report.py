@@ -425,6 +425,22 @@ def test_constant_learning_rate_is_drawn_in_the_middle(run: Path) -> None:
     assert [text.text for text in figure.all("text")][:5] == ["0", "5e-5", "1e-4", "1.5e-4", "2e-4"]
 
 
+def test_seconds_a_step_and_how_many_of_them_wait_for_data(run: Path) -> None:
+    add_metrics(run, [1.0] * 4, step_seconds=2.0, data_seconds=0.5)
+    entries = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    entries[0] |= {"step_seconds": 42.0, "data_seconds": 40.0}  # a first step that compiles
+    (run / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    page = page_of(run)
+    figure = chart(page, "step_seconds")
+    step, waiting = figure.all("path", "line")
+    assert numbers_of(step) == [(50, 0), (75, 0), (100, 0)]
+    assert "waiting" in waiting.classes and numbers_of(waiting) == [(50, 75), (75, 75), (100, 75)]
+    assert [text.text for text in figure.all("text")][:5] == ["0", "0.5", "1", "1.5", "2"]
+    assert "above 5 times the median: 1, up to 42 s" in figure.all("figcaption")[0].text
+    assert facts(page)["Waiting for data"] == f"{100 * 41.5 / 48:.1f}% of the time"
+    assert facts(page)["A step, median"] == "2 s"
+
+
 def test_gradient_norm_has_its_own_chart(run: Path) -> None:
     add_metrics(run, [1.0, 1.0])
     assert [down for _, down in numbers_of(chart(page_of(run), "grad_norm").all("path", "dots")[0])] == [50, 50]
@@ -566,6 +582,31 @@ def test_videos_play_by_themselves_and_are_kept_in_sync(run: Path) -> None:
     assert 'querySelectorAll(".sample")' in script and 'querySelector(".controls")' in script
 
 
+def test_a_long_run_shows_some_of_its_steps_evenly_and_says_so(run: Path) -> None:
+    for step in range(0, 210, 10):
+        add_videos(run, step, ("a", 1, str(step).encode()))
+    (sample,) = page_of(run).section("Before").all("article", "sample")
+    shown = [video_bytes(figure) for figure in sample.all("figure")]
+    assert shown == [b"0", b"200", b"20", b"50", b"80", b"120", b"150", b"180"]
+    assert "left out here, in the folder validation: 13" in sample.text
+
+
+def test_a_page_of_many_prompts_has_no_more_videos_than_a_browser_shows(run: Path) -> None:
+    for step in range(5):
+        add_videos(run, step, *((f"prompt {n}", 1, b"x") for n in range(12)))
+    samples = page_of(run).section("Before").all("article", "sample")
+    # The script adds two to each film strip.
+    assert len(samples) == 12 and sum(len(sample.all("video")) + 2 for sample in samples) <= 60
+    assert all(len(sample.all("div", "strip")[0].all("video")) == 1 for sample in samples)
+
+
+def test_several_prompts_have_a_button_for_all_of_them(run: Path) -> None:
+    add_videos(run, 0, ("a", 1, b"zero"), ("b", 1, b"zero"))
+    page = page_of(run)
+    (button,) = page.section("Before").all("h2")[0].all("button")
+    assert f'getElementById("{button.attributes["id"]}")' in page.all("script")[0].text
+
+
 def test_same_prompt_twice_makes_two_rows(run: Path) -> None:
     for step in (0, 9):
         add_videos(run, step, *((("a", seed, f"{step} {seed} {n}".encode())) for n, seed in enumerate((1, 2, 2))))
@@ -655,6 +696,11 @@ def test_configuration_is_complete_but_for_secrets(tmp_path: Path) -> None:
     assert set(rows) == {*CONFIG, "day"} and rows["day"] == '"2025-01-31"'
     assert rows["frame_buckets"] == "[49]" and rows["revision"] == "null" and rows["load_tensors"] == "false"
     assert "hf_secret" not in (tmp_path / "run/report.html").read_text("utf-8")
+
+
+def test_versions_of_the_libraries_are_told(run: Path) -> None:
+    (run / "versions.json").write_text(json.dumps({"torch": "2.13.0", "device": HOSTILE}))
+    assert f"Made with torch 2.13.0, device {HOSTILE}." in page_of(run).section("Configuration").text
 
 
 def test_a_signed_address_is_shown_without_what_gives_access(tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ A clip becomes latents once; a batch of latents becomes a loss. The map, in the 
                         top-down
     memory/tracker.py   counts the bytes that live, by what they are for
     planning/           each phase of a run traced on fake tensors: its peak memory
-    report.py           run folder → report.html
+    report/             run folder → report.html; several → a page that compares them
     run_folder.py       where a run keeps its checkpoints and videos
     progress.py         progress bars
     stopping.py         Ctrl-C, SIGTERM and SIGUSR1 as a request to finish the step and save

@@ -710,7 +710,7 @@ class Report:
     """Folder that `train` wrote. Of several, the curves are drawn on the same axes, with what differs in their options
     and their last videos side by side. Where the folders come first, --run itself can be left out."""
     output: PathOption = None
-    """The HTML file. Default: report.html in the run's folder; of several, comparison.html beside the first one's."""
+    """The HTML file. Default: report.html in the run's folder; of several, comparison.html in the first one's."""
 
     required = ("run",)
     first_option = "run"  # which arguments before any flag belong to

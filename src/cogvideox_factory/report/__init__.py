@@ -36,7 +36,7 @@ def write_report(run: Path, output: Path | None = None) -> Path:
 
 
 def write_comparison(runs: Sequence[Path], output: Path | None = None) -> Path:
-    """Write the page that compares runs, by default as comparison.html beside the first one's folder.
+    """Write the page that compares runs, by default as comparison.html into the folder of the first.
 
     Raises UserError as write_report does, and where a run is named twice or there are too many.
     """
@@ -47,7 +47,7 @@ def write_comparison(runs: Sequence[Path], output: Path | None = None) -> Path:
     if len(runs) > MAX_RUNS:
         raise UserError(f"--run names {len(runs)} runs, too many curves for one chart; name {MAX_RUNS} at the most")
     content = page_of_comparison([read_run(run) for run in runs])
-    return _write(content, output or folders[0].parent / "comparison.html")
+    return _write(content, output or runs[0] / "comparison.html")
 
 
 def _write(page: str, output: Path) -> Path:

@@ -73,6 +73,7 @@ from cogvideox_factory.training.skipping import SkippedSteps, told
 from cogvideox_factory.training.start_images import open_start_images
 from cogvideox_factory.training.tracking import Trackers, choose_trackers
 from cogvideox_factory.training.validation import Validation
+from cogvideox_factory.training.versions import write_versions
 
 logger = logging.getLogger(__name__)
 
@@ -99,6 +100,7 @@ def train(options: Train, planned: Mapping[str, float] | None = None) -> Path:
         with together(stop):
             if accelerator.is_main_process:
                 claim_run_folder(run, options, checkpoint.folder)
+                write_versions(run, device)
                 repository = open_repository(options)
         start_images = first_rank_first(lambda: open_start_images(run, options.validation, checkpoint), stop)
         # Data first: the encoders have left the memory before the transformer comes.
