@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-import re
+import queue
 import shutil
 import subprocess
-from html import unescape
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -21,13 +22,15 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 NUM_FRAMES, FPS = 16, 8
 # The page stands in a frame as wide as a phone. What a reader does with it is done from outside: the page's own policy
 # admits no script but its own.
-FRAME = """<!DOCTYPE html><iframe id="frame" src="PAGE" style="width:390px;height:800px"></iframe><pre id="seen"></pre>
+FRAME = """<!DOCTYPE html><iframe id="frame" style="width:390px;height:800px"></iframe>
 <script>
 const until = (node, event) => new Promise(done => node.addEventListener(event, done, { once: true }));
 document.getElementById("frame").addEventListener("load", async ({ target }) => {
   const page = target.contentDocument, samples = [...page.querySelectorAll(".sample")];
   const videos = [...page.querySelectorAll("video")];
   await Promise.all(videos.map(video => video.readyState ? null : until(video, "loadedmetadata")));
+  videos[0].scrollIntoView(); // of itself, Chromium plays what is in sight only
+  if (videos[0].paused) await until(videos[0], "playing");
   const [button, slider] = samples[0].querySelectorAll(".controls > *");
   const shown = { width: page.documentElement.scrollWidth, buttons: [button.textContent] };
   shown.durations = samples.map(sample => [...sample.querySelectorAll("video")].map(video => video.duration));
@@ -48,8 +51,9 @@ document.getElementById("frame").addEventListener("load", async ({ target }) => 
   button.click();
   await started;
   shown.buttons.push(button.textContent);
-  document.getElementById("seen").textContent = JSON.stringify(shown);
+  await fetch("/", { method: "POST", body: JSON.stringify(shown) });
 });
+document.getElementById("frame").src = "/page";
 </script>
 """
 
@@ -74,21 +78,56 @@ def runs(tmp_path: Path) -> tuple[Path, Path]:
     return made
 
 
+class Desk(ThreadingHTTPServer):
+    """Hands a page and the frame around it to the browser, and takes what was seen."""
+
+    def __init__(self, page: Path) -> None:
+        super().__init__(("127.0.0.1", 0), _Requests)
+        self.files = {"/": FRAME.encode(), "/page": page.read_bytes()}
+        self.seen: queue.Queue[str] = queue.Queue()
+
+
+class _Requests(BaseHTTPRequestHandler):
+    server: Desk
+
+    def do_GET(self) -> None:
+        content = self.server.files.get(self.path, b"")
+        self.send_response(200 if content else 204)
+        self.send_header("Content-Type", "text/html; charset=utf-8")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def do_POST(self) -> None:
+        self.server.seen.put(self.rfile.read(int(self.headers["Content-Length"])).decode())
+        self.send_response(204)
+        self.end_headers()
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
 def seen_in_browser(page: Path, folder: Path, *flags: str) -> dict[str, Any]:
     """What a reader of the page sees and does; fails where the browser complains of anything."""
     assert CHROMIUM is not None
-    frame = folder / "frame.html"
-    frame.write_text(FRAME.replace("PAGE", page.as_uri()))
+    messages = folder / "messages.txt"
     command = [
         *(CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--mute-audio"),
-        *("--disable-background-networking", "--allow-file-access-from-files", "--enable-logging=stderr"),
-        *(f"--user-data-dir={folder / 'profile'}", "--virtual-time-budget=20000", *flags, "--dump-dom", frame.as_uri()),
+        *("--disable-background-networking", "--enable-logging=stderr", f"--user-data-dir={folder / 'profile'}"),
     ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    assert "CONSOLE" not in done.stderr, done.stderr
-    found = re.search(r'<pre id="seen">(.+)</pre>', done.stdout)
-    assert found, f"the script did not come to its end: {done.stderr}"
-    return json.loads(unescape(found[1]))
+    with Desk(page) as desk, messages.open("w") as log:
+        Thread(target=desk.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{desk.server_address[1]}/"
+        with subprocess.Popen([*command, *flags, address], stdout=log, stderr=log) as browser:
+            try:
+                seen = json.loads(desk.seen.get(timeout=30))
+            except queue.Empty:
+                pytest.fail(f"the browser did not come to the end of the page: {messages.read_text()}")
+            finally:
+                browser.terminate()
+                desk.shutdown()
+    assert "CONSOLE" not in messages.read_text(), messages.read_text()
+    return seen
 
 
 def check(seen: dict[str, Any], num_videos: int, num_curves: int) -> None:
