@@ -101,6 +101,16 @@ def test_report_of_a_folder_without_a_run_is_refused(cli: Cli, tmp_path: Path) -
     assert_one_message(code, messages, str(tmp_path))
 
 
+def test_report_of_several_runs_compares_them(cli: Cli, tmp_path: Path) -> None:
+    for name, rank in (("a", 4), ("b", 64)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.yaml").write_text(f"rank: {rank}\n")
+    code, _, messages = cli("report", tmp_path / "a", tmp_path / "b")
+    page = tmp_path / "a/comparison.html"
+    assert code == 0 and str(page) in messages and "a · b</h1>" in page.read_text()
+    assert cli("report", tmp_path / "b")[0] == 0 and (tmp_path / "b/report.html").is_file()
+
+
 def test_a_failure_of_the_machine_is_exit_1_with_the_file(cli: Cli, monkeypatch, tmp_path: Path) -> None:
     import cogvideox_factory.report
 

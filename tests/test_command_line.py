@@ -13,6 +13,7 @@ from cogvideox_factory.command_line import parse_command
 from cogvideox_factory.config import (
     COMMANDS,
     Prepare,
+    Report,
     Sample,
     Train,
     UserError,
@@ -34,6 +35,14 @@ def yaml_file(folder: Path, content: str) -> str:
     path = folder / "recipe.yaml"
     path.write_text(content)
     return str(path)
+
+
+def test_runs_to_report_on_need_no_flag_before_them() -> None:
+    for arguments in (["a", "b", "--output", "c"], ["--output", "c", "--run", "a", "b"]):
+        options = parse_command(Report, "report", arguments)
+        assert options.run == (Path("a"), Path("b")) and options.output == Path("c")
+    with pytest.raises(UserError, match=r"^--run is missing. Example: [^\n]*--run runs/steamboat$"):
+        parse_command(Report, "report", ["--output", "c"])
 
 
 def test_a_flag_wins_over_yaml_which_wins_over_the_default(tmp_path: Path) -> None:
