@@ -155,6 +155,7 @@ def test_prepare_train_sample_and_report_run_as_processes(tiny_model: Path, few_
     done = run("sample", "--run", trained, *request, "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["output"] == str(tmp_path / "x.mp4")  # standard output holds nothing else
+    assert (trained / "versions.json").is_file()
     done = run("report", "--run", trained, "--output", tmp_path / "report.html")
     assert done.returncode == 0 and "report.html" in done.stderr
 

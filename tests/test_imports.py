@@ -42,7 +42,7 @@ ALLOWED: dict[str, set[str]] = {
     "demo": {"config", "data"},
     "cli": {
         *("", "config", "command_line", "demo", "inspection", "prepare", "sampling", "training", "planning", "report"),
-        *("progress", "ranks", "stopping"),
+        *("progress", "ranks", "redaction", "stopping"),
     },
     "__main__": {"cli"},
 }
