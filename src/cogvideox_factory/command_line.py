@@ -19,7 +19,7 @@ from typing import Annotated, Any, TypeVar
 
 import tyro
 
-from cogvideox_factory import __version__
+from cogvideox_factory import __version__, messages
 from cogvideox_factory.config import (
     COMMANDS,
     NEEDLESS,
@@ -206,5 +206,5 @@ def overview() -> str:
 
 
 def print_error(message: str) -> None:
-    """One line for a person, on standard error."""
-    print(f"cogvideox-factory: error: {without_secrets(message)}", file=sys.stderr)
+    """What went wrong, on standard error."""
+    messages.tell(message, "error: ")

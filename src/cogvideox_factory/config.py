@@ -545,12 +545,26 @@ class HubOptions:
 
 
 @option_group
+class MessageOptions:
+    """What is said while a command works, on standard error."""
+
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """Least level of the messages that are shown. warning: no progress either. debug: also the notes of the libraries
+    that the program uses."""
+    log_format: Literal["text", "json"] = "text"
+    """text: lines and progress bars for people; where standard error is no terminal, a line of progress every ten
+    seconds. json: each message one JSON object on a line of its own, with time, level and message; and metrics, for
+    every optimizer step."""
+
+
+@option_group
 class Demo:
     """Show the whole chain on a CPU in minutes, on a tiny model of random weights and a few rendered clips.
 
     Each command that the demo runs is printed as one would type it.
     """
 
+    messages: MessageOptions = field(default_factory=MessageOptions)
     output_dir: Path = Path("runs/demo")
     """Folder for everything that the demo makes. It is emptied first if an earlier demo wrote it."""
     seed: Annotated[int, Within(0, 2**63 - 1)] = 42
@@ -567,6 +581,7 @@ class Inspect:
 
     model: ModelOptions = field(default_factory=ModelOptions)
     data: DataOptions = field(default_factory=DataOptions)
+    messages: MessageOptions = field(default_factory=MessageOptions)
     max_sequence_length: Count = None
     """Tokens of a caption that the text encoder reads. Default: the checkpoint's (226)."""
     output_dir: Path = Path("runs/inspect")
@@ -593,6 +608,7 @@ class Prepare:
     model: ModelOptions = field(default_factory=ModelOptions)
     data: DataOptions = field(default_factory=DataOptions)
     encoding: EncodingOptions = field(default_factory=EncodingOptions)
+    messages: MessageOptions = field(default_factory=MessageOptions)
     output_dir: PathOption = None
     """Folder to write the prepared set to."""
 
@@ -626,6 +642,7 @@ class Train:
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
     tracking: TrackingOptions = field(default_factory=TrackingOptions)
     hub: HubOptions = field(default_factory=HubOptions)
+    messages: MessageOptions = field(default_factory=MessageOptions)
     output_dir: PathOption = None
     """Folder of the run."""
     seed: Annotated[int, Within(0, 2**63 - 1)] = 42
@@ -674,6 +691,7 @@ class Sample:
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
     text_encoder: TextEncoderOptions = field(default_factory=TextEncoderOptions)
     blocks: BlockOptions = field(default_factory=BlockOptions)
+    messages: MessageOptions = field(default_factory=MessageOptions)
     prompt: Text = None
     """What the video shows."""
     image: Text = None
@@ -706,6 +724,7 @@ class Sample:
 class Report:
     """Write the report of a training run: one HTML file that opens offline."""
 
+    messages: MessageOptions = field(default_factory=MessageOptions)
     run: PathOption = None
     """Folder that `train` wrote."""
     output: PathOption = None
