@@ -43,7 +43,12 @@ def parse_command(command_class: type[AnyCommand], name: str, arguments: Sequenc
     arguments, yaml_file = _take_config_flag(list(arguments))
     arguments = _drop_needless(arguments, NEEDLESS.get(command_class, {}))
     from_yaml = _flags_from_yaml(yaml_file, command_class) if yaml_file else []
-    options = _parse(command_class, name, [*from_yaml, *arguments])
+    try:
+        options = _parse(command_class, name, [*from_yaml, *arguments])
+    except SystemExit as exit_request:
+        if not exit_request.code:  # after --help: where a long text ends, one sees the example first
+            print(f"Example:\n  {getattr(command_class, 'example', '')}")
+        raise
     values = option_values(options)
     for required in getattr(command_class, "required", ()):
         if values[required] is None:
@@ -178,10 +183,9 @@ def _checks(annotation: Any) -> Iterator[Any]:
 
 
 def _description(command_class: type) -> str:
-    example = getattr(command_class, "example", None)
     lines = inspect.cleandoc(command_class.__doc__ or "")
     lines += "\n\nAny option can also stand in a YAML file given with --config; a flag wins over the file."
-    return f"{lines}\n\nExample:\n  {example}" if example else lines
+    return lines
 
 
 def overview() -> str:

@@ -152,7 +152,8 @@ class ModelOptions:
 
 @option_group
 class DataOptions:
-    """Which clips and captions, and how a clip is cut to the sizes that the model sees."""
+    """Which clips and captions, and how a clip is cut to the sizes that the model sees. Such a size, frames × height ×
+    width, is called a bucket."""
 
     data_root: PathOption = None
     """Folder of the data set. Paths in its lists are relative to it. With --load_tensors: a folder that
@@ -171,8 +172,8 @@ class DataOptions:
     id_token: Text = None
     """A word put before every caption, by which the trained model is later called."""
     frame_buckets: Annotated[tuple[int, ...], AtLeast(1)] = ()
-    """Numbers of frames to train on (8k or 8k+1). A clip goes to the largest that it fills. Default: the
-    checkpoint's."""
+    """Numbers of frames to train on, each a multiple of 8 or one more (48, 49). A clip goes to the largest that it
+    fills. Default: the checkpoint's."""
     frame_extraction: Literal["head", "center", "uniform", "slide"] = "head"
     """Which frames of a longer clip are used. head: from its start. center: around its middle. uniform:
     --num_excerpts excerpts, evenly spread. slide: an excerpt every --excerpt_stride frames. Each excerpt counts as
@@ -219,10 +220,10 @@ class TextEncoderOptions:
 
 @option_group
 class EncodingOptions(TextEncoderOptions):
-    """How clips and captions become latents and embeddings."""
+    """How clips become latents (what the VAE compresses a video to) and captions become embeddings."""
 
     max_sequence_length: Count = None
-    """Tokens of a caption that the text encoder reads. Default: the checkpoint's (226)."""
+    """Tokens (words, or pieces of them) of a caption that the text encoder reads. Default: the checkpoint's (226)."""
     dtype: Precision = None
     """Precision of the VAE and the text encoder. Default: the checkpoint's own on a GPU, fp32 on a CPU."""
     use_tiling: bool = False
@@ -288,7 +289,7 @@ class TrainingOptions:
     num_train_epochs: Annotated[int, AtLeast(1)] = 1
     """Passes over the data set. Ignored where --max_train_steps is given."""
     max_train_steps: Count = None
-    """Optimizer steps in all."""
+    """Optimizer steps (updates of the weights) in all. Default: what --num_train_epochs takes."""
     mixed_precision: Annotated[Literal["no", "fp16", "bf16"] | None, tyro.conf.arg(metavar="{no,fp16,bf16}")] = None
     """Precision of the model; noise and loss are always fp32; a LoRA's weights are, unless --trainable_dtype is bf16.
     no: fp32. Default: the checkpoint's own type on a GPU (with sft, bf16 where that is fp16), fp32 on a CPU."""
@@ -466,7 +467,7 @@ class SamplingOptions:
     num_inference_steps: Annotated[int, Within(1, 1000)] = 50
     """Denoising steps."""
     guidance_scale: Annotated[float, AtLeast(0)] = 6.0
-    """Weight of classifier-free guidance; 1 turns it off."""
+    """How strongly a video follows its prompt (classifier-free guidance); 1 turns it off."""
     use_dynamic_cfg: bool = False
     """Raise the guidance from 1 to its full weight over the denoising steps."""
     enable_model_cpu_offload: bool = False
@@ -506,7 +507,7 @@ class HeldOutOptions:
 
     validation_fraction: Annotated[float, Within(0, 1, includes_high=False)] = 0.0
     """Share of the videos to hold out of the training. All excerpts and copies of a video fall on the same side, and
-    stay there when others are added; another size or rate of the clips can give another split. Default: none."""
+    stay there when others are added; another size or rate of the clips can give another split."""
     validation_data_root: PathOption = None
     """A second data set to hold out instead, read as --data_root is: raw clips, or with --load_tensors a prepared
     set."""
@@ -570,6 +571,8 @@ class Demo:
     seed: Annotated[int, Within(0, 2**63 - 1)] = 42
     """Seed of the clips, the tiny model and the training."""
 
+    example = "cogvideox-factory demo --output_dir runs/demo"
+
 
 @option_group
 class Inspect:
@@ -583,7 +586,7 @@ class Inspect:
     data: DataOptions = field(default_factory=DataOptions)
     messages: MessageOptions = field(default_factory=MessageOptions)
     max_sequence_length: Count = None
-    """Tokens of a caption that the text encoder reads. Default: the checkpoint's (226)."""
+    """Tokens (words, or pieces of them) of a caption that the text encoder reads. Default: the checkpoint's (226)."""
     output_dir: Path = Path("runs/inspect")
     """Folder for contact_sheet.png, contact_sheet.html and inspection.json."""
     num_rows: Annotated[int, AtLeast(1)] = 40
@@ -602,6 +605,7 @@ class Inspect:
 class Prepare:
     """Encode clips and captions into a prepared set that `train --load_tensors` reads.
 
+    What is encoded once needs neither VAE nor text encoder, the large models that do it, while the training goes on.
     Only what is new or changed is encoded when it is run again.
     """
 
