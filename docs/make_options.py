@@ -39,6 +39,7 @@ def groups() -> dict[str, tuple[str, dict[str, Option], list[str]]]:
             _, options, commands = found.setdefault(title, (about, {}, []))
             options.update((option.name, option) for option in _options_of(group_class))
             commands.append(command)
+    found["Message options"] = found.pop("Message options")  # of every command, and the least of what people look for
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -12,6 +13,7 @@ import pytest
 
 from cogvideox_factory import cli as cli_module
 from cogvideox_factory.cli import main, run_guarded
+from cogvideox_factory.command_line import parse_command
 from cogvideox_factory.config import COMMANDS
 
 Cli = Callable[..., tuple[int, str, str]]
@@ -34,6 +36,14 @@ def test_help_lists_every_command(cli: Cli) -> None:
     for flag in ((), ("--help",), ("help",)):
         code, output, _ = cli(*flag)
         assert code == 0 and all(f"  {name}" in output for name in COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_ends_with_an_example_that_can_be_typed(cli: Cli, command: str) -> None:
+    code, output, _ = cli(command, "--help")
+    before, example = output.splitlines()[-2:]
+    assert code == 0 and before == "Example:" and example.startswith(f"  cogvideox-factory {command} ")
+    parse_command(COMMANDS[command], command, shlex.split(example)[2:])
 
 
 def test_an_unknown_command_proposes_the_nearest(cli: Cli) -> None:

@@ -16,9 +16,10 @@ ALLOWED: dict[str, set[str]] = {
     "": set(),  # the package's own __init__: version and map
     "redaction": set(),
     "config": {"", "redaction"},
-    "command_line": {"", "config", "redaction"},
+    "messages": {"redaction"},
+    "command_line": {"", "config", "messages", "redaction"},
     "stopping": set(),
-    "progress": {"redaction"},
+    "progress": {"messages"},
     "ranks": {"config", "stopping"},
     "data": {"config", "progress", "redaction", "stopping"},
     "run_folder": {"data"},
@@ -35,14 +36,14 @@ ALLOWED: dict[str, set[str]] = {
     "sampling": {"run_folder", "config", "data", "model", "memory", "progress", "redaction", "resolve", "stopping"},
     "training": {
         *("run_folder", "config", "data", "model", "memory", "prepare", "resolve", "sampling", "progress", "ranks"),
-        *("redaction", "stopping"),
+        *("messages", "redaction", "stopping"),
     },
     "planning": {"config", "data", "model", "memory", "prepare", "sampling", "training", "progress", "stopping"},
     "report": {"config", "redaction"},
     "demo": {"config", "data"},
     "cli": {
         *("", "config", "command_line", "demo", "inspection", "prepare", "sampling", "training", "planning", "report"),
-        *("progress", "ranks", "redaction", "stopping"),
+        *("messages", "progress", "ranks", "redaction", "stopping"),
     },
     "__main__": {"cli"},
 }

@@ -9,7 +9,7 @@ import pytest
 from cogvideox_factory import redaction
 from cogvideox_factory.command_line import print_error
 from cogvideox_factory.config import Secret
-from cogvideox_factory.progress import AboveBarHandler
+from cogvideox_factory.messages import AboveBarHandler
 from cogvideox_factory.redaction import redacted, without_secrets
 
 SIGNED = "https://u:p@a.example:8/b/c.png?X-Amz-Signature=0a1b#y"

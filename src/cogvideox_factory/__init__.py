@@ -41,7 +41,8 @@ A clip becomes latents once; a batch of latents becomes a loss. The map, in the 
     planning/           each phase of a run traced on fake tensors: its peak memory
     report/             run folder → report.html; several → a page that compares them
     run_folder.py       where a run keeps its checkpoints and videos
-    progress.py         progress bars
+    messages.py         what is said, as text or as JSON lines
+    progress.py         progress bars, or lines of progress
     stopping.py         Ctrl-C, SIGTERM and SIGUSR1 as a request to finish the step and save
     ranks.py            what several processes do together: wait, stop, fail
     demo/               a tiny model and rendered clips

@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from cogvideox_factory import __version__
+from cogvideox_factory import __version__, messages
 from cogvideox_factory.command_line import overview, parse_command, print_error
 from cogvideox_factory.config import (
     COMMANDS,
@@ -32,7 +32,7 @@ from cogvideox_factory.config import (
     UserError,
     nearest,
 )
-from cogvideox_factory.progress import AboveBarHandler
+from cogvideox_factory.progress import bars_are_drawn
 from cogvideox_factory.ranks import is_echo
 from cogvideox_factory.redaction import without_secrets
 
@@ -57,7 +57,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if name not in COMMANDS:
         print_error(f"unknown command {name}{nearest(name, list(COMMANDS))}; the commands: {', '.join(COMMANDS)}")
         return EXIT_USER_ERROR
-    return run_guarded(lambda: RUN[name](parse_command(COMMANDS[name], name, arguments[1:])))
+    messages.configure()
+    return run_guarded(lambda: run_command(name, arguments[1:]))
+
+
+def run_command(name: str, arguments: Sequence[str]) -> None:
+    options = parse_command(COMMANDS[name], name, arguments)
+    messages.configure(options.messages.log_level, options.messages.log_format)
+    with contextlib.nullcontext() if options.messages.log_level == "debug" else quiet_libraries():
+        RUN[name](options)
 
 
 def run_guarded(command: Callable[[], Any]) -> int:
@@ -65,27 +73,28 @@ def run_guarded(command: Callable[[], Any]) -> int:
     from cogvideox_factory.stopping import Stopped
 
     try:
-        with quiet_libraries():
-            command()
+        command()
     except UserError as error:
         if not is_echo(error):
             print_error(str(error))
         return EXIT_USER_ERROR
     except Stopped as stopped:
         if not is_echo(stopped):
-            print(f"cogvideox-factory: {stopped}", file=sys.stderr)
+            messages.tell(str(stopped))
         return EXIT_STOPPED
     except KeyboardInterrupt:
-        print("cogvideox-factory: interrupted; what was saved before is kept", file=sys.stderr)
+        messages.tell("interrupted; what was saved before is kept")
         return 130
     except BrokenPipeError:  # the reader of our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit complains again
     except Exception as error:
         message = failure_message(error)
         if message is None:  # a fault of ours, which is reported best by its traceback
-            print(without_secrets(traceback.format_exc()), file=sys.stderr)
-            return EXIT_FAILED
-        if not is_echo(error):
+            if messages.are_json():
+                logger.exception("%s: %s", type(error).__name__, error)
+            else:
+                print(without_secrets(traceback.format_exc()), file=sys.stderr)
+        elif not is_echo(error):
             print_error(message)
         return EXIT_FAILED
     return 0
@@ -152,14 +161,12 @@ def run_train(options: Train) -> None:
 
     from cogvideox_factory.planning.before_training import plan_training
     from cogvideox_factory.training.loop import train
+    from cogvideox_factory.training.summary import tell_end
 
     run = train(*plan_training(options))
     if PartialState().is_main_process:  # not the variable RANK, which a user may have set for something else
         run_report(Report(run=(run,)))
-        if (run / "model_index.json").is_file():
-            logger.info("model      %s", run)
-        else:
-            logger.info("LoRA       %s", run / "pytorch_lora_weights.safetensors")
+        tell_end(run, was_shared=options.hub.push_to_hub)
 
 
 def run_sample(options: Sample) -> None:
@@ -196,22 +203,18 @@ def _only_errors(record: logging.LogRecord) -> bool:
 
 @contextlib.contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Our own messages are plain lines on standard error; of the libraries, only errors are shown.
+    """Of the libraries, only errors are shown.
 
     Their import-time notes (optional kernels that are not there, deprecations inside themselves) are no news to
     a user.
     """
-    package = logging.getLogger("cogvideox_factory")
-    package.setLevel(logging.INFO)
-    if not package.handlers:
-        package.addHandler(AboveBarHandler())
     for library in ("torch.utils._pytree", "torchao", "torchao.kernel.intmm", "bitsandbytes", "DeepSpeed", "httpx2"):
         # The filter too, because importing some of them sets the level again; DeepSpeed writes to standard output.
         logging.getLogger(library).setLevel(logging.ERROR)
         logging.getLogger(library).addFilter(_only_errors)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0" if sys.stderr.isatty() else "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0" if bars_are_drawn() else "1")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         warnings.simplefilter("ignore", DeprecationWarning)

@@ -19,7 +19,7 @@ from typing import Annotated, Any, TypeVar
 
 import tyro
 
-from cogvideox_factory import __version__
+from cogvideox_factory import __version__, messages
 from cogvideox_factory.config import (
     COMMANDS,
     NEEDLESS,
@@ -46,7 +46,12 @@ def parse_command(command_class: type[AnyCommand], name: str, arguments: Sequenc
         arguments = [f"--{first}", *arguments]
     arguments = _drop_needless(arguments, NEEDLESS.get(command_class, {}))
     from_yaml = _flags_from_yaml(yaml_file, command_class) if yaml_file else []
-    options = _parse(command_class, name, [*from_yaml, *arguments])
+    try:
+        options = _parse(command_class, name, [*from_yaml, *arguments])
+    except SystemExit as exit_request:
+        if not exit_request.code:  # after --help: where a long text ends, one sees the example first
+            print(f"Example:\n  {getattr(command_class, 'example', '')}")
+        raise
     values = option_values(options)
     for required in getattr(command_class, "required", ()):
         if values[required] in (None, ()):
@@ -182,10 +187,9 @@ def _checks(annotation: Any) -> Iterator[Any]:
 
 
 def _description(command_class: type) -> str:
-    example = getattr(command_class, "example", None)
     lines = inspect.cleandoc(command_class.__doc__ or "")
     lines += "\n\nAny option can also stand in a YAML file given with --config; a flag wins over the file."
-    return f"{lines}\n\nExample:\n  {example}" if example else lines
+    return lines
 
 
 def overview() -> str:
@@ -210,5 +214,5 @@ def overview() -> str:
 
 
 def print_error(message: str) -> None:
-    """One line for a person, on standard error."""
-    print(f"cogvideox-factory: error: {without_secrets(message)}", file=sys.stderr)
+    """What went wrong, on standard error."""
+    messages.tell(message, "error: ")

@@ -152,7 +152,8 @@ class ModelOptions:
 
 @option_group
 class DataOptions:
-    """Which clips and captions, and how a clip is cut to the sizes that the model sees."""
+    """Which clips and captions, and how a clip is cut to the sizes that the model sees. Such a size, frames × height ×
+    width, is called a bucket."""
 
     data_root: PathOption = None
     """Folder of the data set. Paths in its lists are relative to it. With --load_tensors: a folder that
@@ -171,8 +172,8 @@ class DataOptions:
     id_token: Text = None
     """A word put before every caption, by which the trained model is later called."""
     frame_buckets: Annotated[tuple[int, ...], AtLeast(1)] = ()
-    """Numbers of frames to train on (8k or 8k+1). A clip goes to the largest that it fills. Default: the
-    checkpoint's."""
+    """Numbers of frames to train on, each a multiple of 8 or one more (48, 49). A clip goes to the largest that it
+    fills. Default: the checkpoint's."""
     frame_extraction: Literal["head", "center", "uniform", "slide"] = "head"
     """Which frames of a longer clip are used. head: from its start. center: around its middle. uniform:
     --num_excerpts excerpts, evenly spread. slide: an excerpt every --excerpt_stride frames. Each excerpt counts as
@@ -219,10 +220,10 @@ class TextEncoderOptions:
 
 @option_group
 class EncodingOptions(TextEncoderOptions):
-    """How clips and captions become latents and embeddings."""
+    """How clips become latents (what the VAE compresses a video to) and captions become embeddings."""
 
     max_sequence_length: Count = None
-    """Tokens of a caption that the text encoder reads. Default: the checkpoint's (226)."""
+    """Tokens (words, or pieces of them) of a caption that the text encoder reads. Default: the checkpoint's (226)."""
     dtype: Precision = None
     """Precision of the VAE and the text encoder. Default: the checkpoint's own on a GPU, fp32 on a CPU."""
     use_tiling: bool = False
@@ -288,7 +289,7 @@ class TrainingOptions:
     num_train_epochs: Annotated[int, AtLeast(1)] = 1
     """Passes over the data set. Ignored where --max_train_steps is given."""
     max_train_steps: Count = None
-    """Optimizer steps in all."""
+    """Optimizer steps (updates of the weights) in all. Default: what --num_train_epochs takes."""
     mixed_precision: Annotated[Literal["no", "fp16", "bf16"] | None, tyro.conf.arg(metavar="{no,fp16,bf16}")] = None
     """Precision of the model; noise and loss are always fp32; a LoRA's weights are, unless --trainable_dtype is bf16.
     no: fp32. Default: the checkpoint's own type on a GPU (with sft, bf16 where that is fp16), fp32 on a CPU."""
@@ -466,7 +467,7 @@ class SamplingOptions:
     num_inference_steps: Annotated[int, Within(1, 1000)] = 50
     """Denoising steps."""
     guidance_scale: Annotated[float, AtLeast(0)] = 6.0
-    """Weight of classifier-free guidance; 1 turns it off."""
+    """How strongly a video follows its prompt (classifier-free guidance); 1 turns it off."""
     use_dynamic_cfg: bool = False
     """Raise the guidance from 1 to its full weight over the denoising steps."""
     enable_model_cpu_offload: bool = False
@@ -506,7 +507,7 @@ class HeldOutOptions:
 
     validation_fraction: Annotated[float, Within(0, 1, includes_high=False)] = 0.0
     """Share of the videos to hold out of the training. All excerpts and copies of a video fall on the same side, and
-    stay there when others are added; another size or rate of the clips can give another split. Default: none."""
+    stay there when others are added; another size or rate of the clips can give another split."""
     validation_data_root: PathOption = None
     """A second data set to hold out instead, read as --data_root is: raw clips, or with --load_tensors a prepared
     set."""
@@ -545,16 +546,32 @@ class HubOptions:
 
 
 @option_group
+class MessageOptions:
+    """What is said while a command works, on standard error."""
+
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """Least level of the messages that are shown. warning: no progress either. debug: also the notes of the libraries
+    that the program uses."""
+    log_format: Literal["text", "json"] = "text"
+    """text: lines and progress bars for people; where standard error is no terminal, a line of progress every ten
+    seconds. json: each message one JSON object on a line of its own, with time, level and message; and metrics, for
+    every optimizer step."""
+
+
+@option_group
 class Demo:
     """Show the whole chain on a CPU in minutes, on a tiny model of random weights and a few rendered clips.
 
     Each command that the demo runs is printed as one would type it.
     """
 
+    messages: MessageOptions = field(default_factory=MessageOptions)
     output_dir: Path = Path("runs/demo")
     """Folder for everything that the demo makes. It is emptied first if an earlier demo wrote it."""
     seed: Annotated[int, Within(0, 2**63 - 1)] = 42
     """Seed of the clips, the tiny model and the training."""
+
+    example = "cogvideox-factory demo --output_dir runs/demo"
 
 
 @option_group
@@ -567,8 +584,9 @@ class Inspect:
 
     model: ModelOptions = field(default_factory=ModelOptions)
     data: DataOptions = field(default_factory=DataOptions)
+    messages: MessageOptions = field(default_factory=MessageOptions)
     max_sequence_length: Count = None
-    """Tokens of a caption that the text encoder reads. Default: the checkpoint's (226)."""
+    """Tokens (words, or pieces of them) of a caption that the text encoder reads. Default: the checkpoint's (226)."""
     output_dir: Path = Path("runs/inspect")
     """Folder for contact_sheet.png, contact_sheet.html and inspection.json."""
     num_rows: Annotated[int, AtLeast(1)] = 40
@@ -587,12 +605,14 @@ class Inspect:
 class Prepare:
     """Encode clips and captions into a prepared set that `train --load_tensors` reads.
 
+    What is encoded once needs neither VAE nor text encoder, the large models that do it, while the training goes on.
     Only what is new or changed is encoded when it is run again.
     """
 
     model: ModelOptions = field(default_factory=ModelOptions)
     data: DataOptions = field(default_factory=DataOptions)
     encoding: EncodingOptions = field(default_factory=EncodingOptions)
+    messages: MessageOptions = field(default_factory=MessageOptions)
     output_dir: PathOption = None
     """Folder to write the prepared set to."""
 
@@ -626,6 +646,7 @@ class Train:
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
     tracking: TrackingOptions = field(default_factory=TrackingOptions)
     hub: HubOptions = field(default_factory=HubOptions)
+    messages: MessageOptions = field(default_factory=MessageOptions)
     output_dir: PathOption = None
     """Folder of the run."""
     seed: Annotated[int, Within(0, 2**63 - 1)] = 42
@@ -674,6 +695,7 @@ class Sample:
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
     text_encoder: TextEncoderOptions = field(default_factory=TextEncoderOptions)
     blocks: BlockOptions = field(default_factory=BlockOptions)
+    messages: MessageOptions = field(default_factory=MessageOptions)
     prompt: Text = None
     """What the video shows."""
     image: Text = None
@@ -706,6 +728,7 @@ class Sample:
 class Report:
     """Write the report of a training run, or compare several: one HTML file that opens offline."""
 
+    messages: MessageOptions = field(default_factory=MessageOptions)
     run: Annotated[tuple[Path, ...], tyro.conf.arg(metavar="PATH [PATH ...]")] = ()
     """Folder that `train` wrote. Of several, the curves are drawn on the same axes, with what differs in their options
     and their last videos side by side. Where the folders come first, --run itself can be left out."""

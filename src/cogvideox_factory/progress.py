@@ -1,7 +1,8 @@
-"""Progress bars with the time that is left, on standard error; sparse where that is no terminal."""
+"""Progress of a stage with the time that is left: a bar on a terminal, elsewhere a line now and then."""
 
 from __future__ import annotations
 
+import io
 import logging
 import sys
 from collections.abc import Iterable
@@ -9,14 +10,33 @@ from typing import Any
 
 from tqdm import tqdm
 
-from cogvideox_factory.redaction import without_secrets
+from cogvideox_factory import messages
+
+SECONDS_BETWEEN_LINES = 10.0
+logger = logging.getLogger(__name__)
 
 
-class AboveBarHandler(logging.Handler):
-    """Writes log lines to standard error, above a bar that is being drawn there."""
+class ProgressLines(tqdm):
+    """A bar that is told in log lines, each complete in itself: nothing is drawn over in a file or a pipe."""
 
-    def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(without_secrets(self.format(record)), file=sys.stderr)
+    _told: float = -1  # how many were done when it was last told
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> None:
+        if self.n == self._told or self.n == self.initial:
+            return
+        self._told = self.n
+        figures = self.format_dict
+        rate, elapsed = figures["rate"], figures["elapsed"]
+        if rate is None and elapsed:
+            rate = (self.n - self.initial) / elapsed
+        left = round((self.total - self.n) / rate, 1) if rate and self.total else None
+        progress = {"stage": self.desc, "done": self.n, "total": self.total, "seconds_left": left}
+        logger.info("%s", self, extra={"fields": {"progress": progress}})
+
+
+def bars_are_drawn() -> bool:
+    """Whether a person watches who wants to see bars."""
+    return sys.stderr.isatty() and not messages.are_json() and logger.isEnabledFor(logging.INFO)
 
 
 def progress_bar(
@@ -29,15 +49,21 @@ def progress_bar(
     is_silent: bool = False,
 ) -> tqdm:
     """A bar over `items`, or one that is updated by hand, with `done` of `total` behind it already."""
-    seconds_between_updates = 0.1 if sys.stderr.isatty() else 10.0
-    return tqdm(
+    given: dict[str, Any] = {"desc": label, "unit": unit, "total": total, "initial": done, "disable": is_silent}
+    if bars_are_drawn():
+        return tqdm(items, **given, mininterval=0.1, dynamic_ncols=True, file=sys.stderr)
+    return ProgressLines(
         items,
-        desc=label,
-        unit=unit,
-        total=total,
-        initial=done,
-        mininterval=seconds_between_updates,
-        dynamic_ncols=True,
-        file=sys.stderr,
-        disable=is_silent,
+        **given,
+        mininterval=SECONDS_BETWEEN_LINES,
+        miniters=1,  # whether it is time is looked at after every item
+        file=io.StringIO(),
+        bar_format="{desc}  {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]",
     )
+
+
+def show_bars_of_diffusers() -> None:
+    """Those with which it loads the parts of a pipeline, where ours are drawn, too."""
+    from diffusers.utils import logging as of_diffusers
+
+    (of_diffusers.enable_progress_bar if bars_are_drawn() else of_diffusers.disable_progress_bar)()

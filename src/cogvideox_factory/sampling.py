@@ -6,6 +6,7 @@ Everything is done by the stock diffusers pipeline, so what is seen here is what
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -52,6 +53,7 @@ from cogvideox_factory.model.device import default_device, free_memory
 from cogvideox_factory.model.encoders import load_vae, spare_memory, tell_if_cut
 from cogvideox_factory.model.family import Checkpoint, open_checkpoint, with_conditioning
 from cogvideox_factory.model.pipeline_folder import is_pipeline
+from cogvideox_factory.progress import progress_bar, show_bars_of_diffusers
 from cogvideox_factory.redaction import without_secrets
 from cogvideox_factory.resolve import check_positions
 from cogvideox_factory.run_folder import checkpoint_folder, step_folders, step_of
@@ -75,6 +77,7 @@ Prompts = Mapping[str, dict[str, Any]]  # what `generate` takes of each: its tex
 
 def pipeline_from_disk(checkpoint: Checkpoint, trained: Path | None, dtype: torch.dtype):
     """The whole stock pipeline of a checkpoint, with a LoRA or weights of a run's checkpoint where they are given."""
+    show_bars_of_diffusers()
     pipeline = checkpoint.pipeline_class.from_pretrained(checkpoint.folder, variant=checkpoint.variant, dtype=dtype)
     denoiser.follow_config(pipeline.transformer, checkpoint)
     encoders.follow_config(pipeline.vae, checkpoint)
@@ -322,6 +325,7 @@ def run(options: Sample) -> dict[str, Any]:
         prompts=[options.prompt],
         max_sequence_length=max_tokens,
     )
+    pipeline.progress_bar = functools.partial(progress_bar, None, "Denoising", "step")  # as all others look
     video = generate(
         pipeline,
         sampling,

@@ -222,8 +222,14 @@ def test_resuming_from_an_older_checkpoint_drops_the_lines_after_it(train, tmp_p
 
 
 def test_latest_starts_from_the_beginning_where_nothing_is_saved_yet(train, tmp_path: Path) -> None:
-    code, messages = train(tmp_path / "run", "--max_train_steps", "1", "--resume_from_checkpoint", "latest")
+    """Told to programs: a line of JSON a message, and of each step what metrics.jsonl has."""
+    flags = ("--max_train_steps", "2", "--resume_from_checkpoint", "latest", "--log_format", "json")
+    code, messages = train(tmp_path / "run", *flags)
     assert code == 0 and "starting from the beginning" in messages
+    lines = [json.loads(line) for line in messages.splitlines()]
+    metrics = read_metrics(tmp_path / "run/metrics.jsonl")
+    assert [line["metrics"] for line in lines if "metrics" in line] == metrics and len(metrics) == 2
+    assert all(line["level"] == "info" and line["message"] and line["time"] for line in lines)
 
 
 def test_what_was_trained_is_saved_where_videos_cannot_be_made(

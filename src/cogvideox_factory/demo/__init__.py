@@ -5,13 +5,14 @@ Nothing elsewhere in the package knows of the demo; it makes input and runs the 
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import shlex
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from cogvideox_factory.config import Demo, UserError
+from cogvideox_factory.config import Demo, MessageOptions, UserError
 
 MARKER = ".cogvideox-factory-demo"
 logger = logging.getLogger(__name__)
@@ -35,7 +36,7 @@ def run(options: Demo, command: Callable[[Sequence[str]], int]) -> None:
     render_clips(clips)
 
     def step(title: str, *arguments: str | Path) -> None:
-        words = [str(argument) for argument in arguments]
+        words = [*map(str, arguments), *_flags(options.messages)]
         logger.info("\n%s\n     $ cogvideox-factory %s", title, shlex.join(words))
         code = command(words)
         if code:
@@ -65,6 +66,12 @@ def run(options: Demo, command: Callable[[Sequence[str]], int]) -> None:
     logger.info("  LoRA    %s", trained / "pytorch_lora_weights.safetensors")
     logger.info("  videos  %s and %s", trained / "validation", root / "sample.mp4")
     logger.info("  report  %s", trained / "report.html")
+
+
+def _flags(messages: MessageOptions) -> list[str]:
+    """As they are given to the demo, for its commands."""
+    given, default = dataclasses.asdict(messages), dataclasses.asdict(MessageOptions())
+    return [word for name, value in given.items() if value != default[name] for word in (f"--{name}", value)]
 
 
 def _empty_folder(root: Path) -> None:

@@ -16,6 +16,7 @@ import torch
 
 from cogvideox_factory.config import UserError
 from cogvideox_factory.model.family import Checkpoint
+from cogvideox_factory.progress import show_bars_of_diffusers
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +44,7 @@ class TextEncoder:
         """`place` brings the text encoder to the device."""
         from diffusers import CogVideoXPipeline
 
+        show_bars_of_diffusers()
         pipeline = CogVideoXPipeline.from_pretrained(
             checkpoint.folder, transformer=None, vae=None, variant=checkpoint.variant, dtype=dtype
         )

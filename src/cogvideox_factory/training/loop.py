@@ -21,12 +21,10 @@ from accelerate import Accelerator
 from cogvideox_factory.config import RunError, Train, UserError
 from cogvideox_factory.data.loader import StepBatches, load_steps
 from cogvideox_factory.data.sampler import Sampler
-from cogvideox_factory.data.split import num_videos
 from cogvideox_factory.memory.set_aside import tensors_in
 from cogvideox_factory.memory.strategies import apply, check_memory
 from cogvideox_factory.model.adapters import (
     attach,
-    describe_method,
     export,
     is_lora,
     trainable_parameters,
@@ -34,7 +32,6 @@ from cogvideox_factory.model.adapters import (
 from cogvideox_factory.model.denoiser import Denoiser, load_scheduler, load_transformer
 from cogvideox_factory.model.device import free_memory
 from cogvideox_factory.model.family import Checkpoint, open_checkpoint, with_conditioning
-from cogvideox_factory.progress import progress_bar
 from cogvideox_factory.ranks import any_rank, first_rank_first, share_requests, together
 from cogvideox_factory.run_folder import set_aside_after
 from cogvideox_factory.stopping import Stopped, StopRequest, stop_requests
@@ -71,6 +68,8 @@ from cogvideox_factory.training.run_options import claim_run_folder, resolve_opt
 from cogvideox_factory.training.saving import Saver
 from cogvideox_factory.training.skipping import SkippedSteps, told
 from cogvideox_factory.training.start_images import open_start_images
+from cogvideox_factory.training.step_progress import StepProgress
+from cogvideox_factory.training.summary import tell_start
 from cogvideox_factory.training.tracking import Trackers, choose_trackers
 from cogvideox_factory.training.validation import Validation
 from cogvideox_factory.training.versions import write_versions
@@ -191,7 +190,7 @@ def train_steps(
     steps_left = sampler.steps_left(state.position, training.num_train_epochs)
     num_steps = training.max_train_steps or state.step + steps_left
     schedule = schedule_at(state.step, raw_optimizer, options.optimizer, num_steps)
-    describe(checkpoint, options, data, held_out_data, num_trained, num_steps, sampler, state)
+    tell_start(*(checkpoint, options, data, held_out_data, num_trained, num_steps, sampler, state.step), memory.planned)
     trackers.start_after(state.step, options)
     if state.step >= num_steps:
         logger.info("nothing left to train: this run is finished")
@@ -275,13 +274,12 @@ def train_steps(
             held_out.measure(model, state.step, state.position.last_epoch)
     transformer.train()
     memory.start_phase()
-    is_silent = not accelerator.is_main_process
-    bar = progress_bar(None, "Training", "step", num_steps, done=state.step, is_silent=is_silent)
+    progress = StepProgress(num_steps, state.step, training.checkpointing_steps, is_silent=not is_main)
     log = MetricsLog(run, state.step, accelerator, also_to=trackers.log_line)
     skipped = SkippedSteps(run, state.step, accelerator, sampler, data.entries)
     failure: Exception | None = None  # of what is read for a step, or of its videos; the steps before it are saved
     is_save_due = False
-    with log, held_out or contextlib.nullcontext(), bar, saver:
+    with log, held_out or contextlib.nullcontext(), progress, saver:
         while state.step < num_steps and not any_rank(accelerator, stop.requested or saver.has_failed)[0]:
             started = time.perf_counter()
             step = next(steps)
@@ -307,7 +305,7 @@ def train_steps(
             schedule.step()
             state.step += 1
             state.position = sampler.after(step.position)
-            log.write(
+            line = dict(
                 step=state.step,
                 epoch=step.position.epoch,
                 loss=finite_or_none(result.loss),
@@ -319,8 +317,8 @@ def train_steps(
                 memory_gib=round(memory.current(), 3),
                 **({"skipped": True} if result.is_skipped else {}),
             )
-            bar.set_postfix(loss=f"{result.loss:.4f}", lr=f"{rate:.1e}", refresh=False)
-            bar.update()
+            log.write(**line)
+            progress.show(line)
             is_save_due |= state.step % training.checkpointing_steps == 0
             # While steps are skipped the weights may have gone astray: they must not push out an older checkpoint.
             if (is_save_due and not result.is_skipped) or state.step == num_steps:
@@ -446,29 +444,3 @@ def held_between_steps(optimizer: torch.optim.Optimizer, average: WeightAverage 
 def are_finite(parameters: Iterable[torch.Tensor]) -> bool:
     """Whether every number in them is one."""
     return bool(torch.stack([part_of(parameter).isfinite().all() for parameter in parameters]).all())
-
-
-def describe(
-    checkpoint: Checkpoint,
-    options: Train,
-    data: TrainingData,
-    held_out_data: TrainingData | None,
-    num_trained: int,
-    num_steps: int,
-    sampler: Sampler,
-    state: TrainState,
-) -> None:
-    """Say what is about to happen."""
-    buckets = [entry.bucket for entry in data.entries]
-    sizes = ", ".join(f"{buckets.count(bucket)} of {bucket}" for bucket in sorted(set(buckets)))
-    logger.info("model      %s (%s)", checkpoint.name, checkpoint.task)
-    logger.info(
-        "method     %s, %s trainable parameters",
-        describe_method(options.method, options.lora),
-        f"{num_trained:,}",
-    )
-    logger.info("clips      %s (frames × height × width)", sizes)
-    if held_out_data:
-        of_videos = num_videos(held_out_data.entries), num_videos(data.entries)
-        logger.info("held out   %d clips of %d videos; %d are trained on", len(held_out_data.entries), *of_videos)
-    logger.info("steps      %d, of which %d done; %d an epoch", num_steps, state.step, sampler.steps_per_epoch())

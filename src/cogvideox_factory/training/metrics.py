@@ -89,13 +89,13 @@ class MemoryMeter:
         self._process = psutil.Process()
         self._peak = 0.0
         self._path = path
-        self._planned = planned
+        self.planned = planned
         self.measured: dict[str, float] = {}
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             self.measured.update(json.loads(path.read_text())["measured"])
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             earlier = json.loads(path.read_text())["planned"]
-            self._planned = {**earlier, **(planned or {})}
+            self.planned = {**earlier, **(planned or {})}
 
     def current(self) -> float:
         """What is in use, in GiB. Called once a step, it also follows the peak where the device does not."""
@@ -120,5 +120,5 @@ class MemoryMeter:
 
     def write(self) -> None:
         kind = "GPU memory allocated" if self._is_cuda else "resident memory of the process"
-        content = {"kind": kind, "unit": "GiB", "measured": self.measured, "planned": self._planned}
+        content = {"kind": kind, "unit": "GiB", "measured": self.measured, "planned": self.planned}
         write_durably(self._path, json.dumps(content, indent=2).encode())
