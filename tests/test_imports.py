@@ -36,7 +36,7 @@ ALLOWED: dict[str, set[str]] = {
     "sampling": {"run_folder", "config", "data", "model", "memory", "progress", "redaction", "resolve", "stopping"},
     "training": {
         *("run_folder", "config", "data", "model", "memory", "prepare", "resolve", "sampling", "progress", "ranks"),
-        *("messages", "redaction", "stopping"),
+        *("", "messages", "redaction", "stopping"),
     },
     "planning": {"config", "data", "model", "memory", "prepare", "sampling", "training", "progress", "stopping"},
     "report": {"config", "redaction"},
