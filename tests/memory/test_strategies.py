@@ -351,16 +351,16 @@ def test_a_run_with_all_of_them_that_was_resumed_is_that_without(
     all_flags += ["--feed_forward_chunks", "3"]
     built: list[bool] = []
 
-    def build(*arguments: Any, in_backward: bool) -> torch.optim.Optimizer:
+    def build(*arguments: Any, in_backward: bool, **others: Any) -> torch.optim.Optimizer:
         built.append(in_backward)
-        return build_optimizer(*arguments, in_backward=in_backward)
+        return build_optimizer(*arguments, in_backward=in_backward, **others)
 
     held: dict[int, int] = {}  # bytes that the training keeps besides the model, by step
     validate = Validation.run_in_memory
 
-    def look(self: Validation, step: int, *arguments: Any) -> None:
+    def look(self: Validation, step: int, *arguments: Any, **others: Any) -> None:
         held[step] = sum(tensor.nbytes for tensor in arguments[-1])
-        validate(self, step, *arguments)
+        validate(self, step, *arguments, **others)
 
     monkeypatch.setattr(Validation, "run_in_memory", look)
     monkeypatch.setattr(loop, "build_optimizer", build)

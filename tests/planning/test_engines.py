@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import pytest
 
@@ -12,6 +13,7 @@ from cogvideox_factory.config import Plan, UserError, with_values
 from cogvideox_factory.memory.tracker import PARTS, Moment
 from cogvideox_factory.planning import open_configs, resolve
 from cogvideox_factory.planning.engines import Weights, of_a_rank, stages_of_its_own
+from cogvideox_factory.planning.phases import Phase
 from cogvideox_factory.planning.search import Budget, search
 from cogvideox_factory.planning.texts import GIB, budget_of
 from cogvideox_factory.planning.traces import Traces
@@ -143,6 +145,18 @@ def test_processes_of_a_machine_share_its_memory() -> None:
     assert budget_of(shared).gpu == pytest.approx((24 - 1.2) * GIB)
 
 
+class TooLarge:
+    """Traces of a model that no settings make fit."""
+
+    num_blocks = 4
+
+    def has_scaler(self, options: Plan) -> bool:
+        return False
+
+    def phase(self, name: str, options: Plan) -> Phase:
+        return Phase(name, {("all", 0): moment(weights=10**15)})
+
+
 def test_what_does_not_go_with_an_engine_is_neither_taken_nor_chosen(shallow_model: Path) -> None:
     flags = (
         "--pretrained_model_name_or_path",
@@ -158,7 +172,7 @@ def test_what_does_not_go_with_an_engine_is_neither_taken_nor_chosen(shallow_mod
         resolve(options, checkpoint)
     options = parse_command(Plan, "plan", (*flags, *several, "--gpu_memory", "1.25"))
     with open_configs(options) as checkpoint:
-        found = search(resolve(options, checkpoint), Traces(checkpoint), Budget(gpu=0), ["training"])
+        found = search(resolve(options, checkpoint), cast(Traces, TooLarge()), Budget(gpu=0), ["training"])
     assert not found.fits and found.values["gradient_checkpointing"] and found.values["offload_activations"]
     refused = {"use_8bit", "use_4bit", "use_cpu_offload_optimizer", "optimizer_in_backward", "trainable_dtype"}
     assert not refused & set(found.values)

@@ -185,7 +185,7 @@ def test_what_is_shown_and_exported_is_the_average(
 ) -> None:
     shown: dict[int, dict[str, torch.Tensor]] = {}
 
-    def look(validation, step: int, transformer, *_) -> None:
+    def look(validation, step: int, transformer, *_, **__) -> None:
         shown[step] = {name: value.detach().clone() for name, value in transformer.named_parameters()}
         (validation.folder(step)).mkdir(parents=True)
 
