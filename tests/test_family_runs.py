@@ -116,6 +116,7 @@ def test_what_a_run_saves_gives_in_stock_diffusers_the_frames_that_sample_gives(
     assert not np.array_equal(expected, untrained)
 
 
+@pytest.mark.slow
 def test_validation_of_image_to_video_starts_from_its_pictures(
     cli: Cli, member: Callable[[str], Path], two_clips: Path, start_image: Path, tmp_path: Path, monkeypatch
 ) -> None:

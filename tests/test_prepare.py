@@ -569,6 +569,7 @@ def test_a_run_killed_in_the_middle_of_a_write_and_repeated_equals_one_made_in_o
         assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_every_option_that_changes_the_tensors_gives_other_files(run: Run, folder: Path, tmp_path: Path) -> None:
     write_lists(folder, {"a.mp4": "a red square"})
     output = tmp_path / "set"
@@ -712,6 +713,7 @@ def image_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_image_to_video_stores_draws_of_the_noised_first_frame_and_reuses_the_videos(
     run: Run,
     folder: Path,

@@ -89,6 +89,7 @@ def test_two_processes_on_one_folder_leave_a_whole_set(
     assert content(output) == content(whole)
 
 
+@pytest.mark.slow
 def test_processes_of_one_launch_share_out_the_clips_and_write_one_index(
     tmp_path: Path, tiny_model: Path, clips: Path, whole: Path, cli: Callable[..., tuple[int, str, str]]
 ) -> None:

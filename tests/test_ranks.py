@@ -34,7 +34,7 @@ def on_ranks(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Any]]:
         results: list[Any] = [None] * len(functions)
         store = torch.distributed.HashStore()
         monkeypatch.setattr(ranks, "num_ranks", lambda: len(functions))
-        monkeypatch.setattr(ranks, "rank", lambda: here.rank)
+        monkeypatch.setattr(ranks, "rank", lambda: getattr(here, "rank", None))
         monkeypatch.setattr(ranks, "_store", lambda: store)
         monkeypatch.setattr(ranks, "_next_meeting", lambda: next(here.meetings))
 

@@ -154,7 +154,8 @@ def test_the_scripts_run_as_they_are_when_their_variables_point_to_small_input(
 
 
 @pytest.mark.parametrize(
-    ("script", "result"), [("lora", "pytorch_lora_weights.safetensors"), ("sft", "model_index.json")]
+    ("script", "result"),
+    [("lora", "pytorch_lora_weights.safetensors"), pytest.param("sft", "model_index.json", marks=pytest.mark.slow)],
 )
 def test_the_scripts_for_image_to_video_run(
     run_script: Callable[..., tuple[int, str]],

@@ -41,7 +41,10 @@ def check_measured_as_planned(row: gpu_rows.Row) -> dict[str, dict[str, Any]]:
     return measured
 
 
-@pytest.mark.parametrize(("name", "is_lora"), [("smallest-1.5", True), ("sft-2b-b1-adamw-checkpointed", False)])
+@pytest.mark.parametrize(
+    ("name", "is_lora"),
+    [pytest.param("smallest-1.5", True, marks=pytest.mark.slow), ("sft-2b-b1-adamw-checkpointed", False)],
+)
 def test_steps_are_measured_as_planned(name: str, is_lora: bool, one_place: None) -> None:
     figures = check_measured_as_planned(ROWS[name])["training"]
     with gpu_rows.opened(ROWS[name], is_tiny=True) as (_, checkpoint), torch.device("meta"):

@@ -294,6 +294,7 @@ def test_other_strategies_change_no_bit_of_a_training_on_a_quantized_base(
     )
 
 
+@pytest.mark.slow
 def test_a_run_on_a_quantized_base_saves_a_lora_for_the_base_as_it_was(
     cli: Callable[..., tuple[int, str, str]], tmp_path: Path, tiny_model: Path, prepared_folder: Path
 ) -> None:

@@ -141,6 +141,7 @@ def test_chunks_go_with_every_other_strategy(
 ALL = MemoryOptions(gradient_checkpointing=True, offload_activations=True, feed_forward_chunks=3, resident_blocks=2)
 
 
+@pytest.mark.slow
 def test_a_validation_between_steps_is_that_of_the_plain_model_and_leaves_the_training_as_it_was(
     chunked: Course, checkpoint: Checkpoint, prepared: PreparedSet, entries: list[Entry]
 ) -> None:
@@ -321,6 +322,7 @@ def test_on_a_gpu_they_change_no_bit(
         assert courses[0] == courses[1]
 
 
+@pytest.mark.slow
 def test_a_run_with_all_of_them_that_was_resumed_is_that_without(
     cli: Callable[..., tuple[int, str, str]],
     tmp_path: Path,

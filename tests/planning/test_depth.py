@@ -27,7 +27,10 @@ def plan(model: Path, *flags: str) -> Plan:
 
 STEPS = [
     (CHECKPOINTED, "--offload_activations", "--resident_blocks", "2", "--feed_forward_chunks", "2"),
-    (CHECKPOINTED, "--training_type", "sft", "--optimizer_in_backward", "--max_grad_norm", "0", "--use_8bit"),
+    pytest.param(
+        (CHECKPOINTED, "--training_type", "sft", "--optimizer_in_backward", "--max_grad_norm", "0", "--use_8bit"),
+        marks=pytest.mark.slow,
+    ),
     pytest.param((), marks=pytest.mark.slow),
     pytest.param(("--training_type", "sft", "--gradient_accumulation_steps", "2"), marks=pytest.mark.slow),
 ]

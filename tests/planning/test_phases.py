@@ -364,6 +364,7 @@ def test_a_validation_leaves_out_what_waits(plan: Plans) -> None:
     assert waits.parts["activations"] == stays.parts["activations"] and waits.host > stays.host
 
 
+@pytest.mark.slow
 def test_the_picture_that_a_video_starts_from_is_part_of_the_preparing(member: Callable[[str], Path]) -> None:
     """Decoded whole it takes more than in tiles."""
     size = ("--height_buckets", "320", "--width_buckets", "480", "--frame_buckets", "9")

@@ -147,11 +147,8 @@ def stop_after(patch: pytest.MonkeyPatch, step: int) -> None:
 BF16 = (*SFT, "--mixed_precision", "bf16")
 
 
-@pytest.mark.parametrize(
-    "method",
-    [pytest.param(BF16, marks=pytest.mark.slow), ("--use_dora", "--use_rslora")],  # fp32: see test_resuming.py
-    ids=["sft-bf16", "dora"],
-)
+@pytest.mark.slow  # in fp32: see test_resuming.py
+@pytest.mark.parametrize("method", [BF16, ("--use_dora", "--use_rslora")], ids=["sft-bf16", "dora"])
 def test_a_method_that_is_stopped_and_resumed_with_its_average_equals_one_never_stopped(
     train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: tuple[str, ...]
 ) -> None:
@@ -236,6 +233,7 @@ def test_modules_to_train_that_do_not_exist_are_refused_before_the_run_is_writte
     assert not (tmp_path / "run/config.yaml").exists()
 
 
+@pytest.mark.slow
 def test_the_videos_of_the_last_test_are_those_of_the_exported_pipeline(
     cli: Cli, train, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

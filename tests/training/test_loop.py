@@ -107,6 +107,7 @@ def test_weights_equal_those_of_a_plain_loop_bit_for_bit(
         assert torch.equal(ours[name], value), name
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_changes_no_weight(train, tmp_path: Path) -> None:
     for name, flags in (("plain", ()), ("checkpointed", ("--gradient_checkpointing",))):
         assert train(tmp_path / name, "--max_train_steps", "4", *flags)[0] == 0
@@ -175,7 +176,10 @@ def test_a_run_stopped_by_signals_and_resumed_equals_one_never_stopped(
     "flags",
     [
         ("--use_8bit", "--trainable_dtype", "bf16", "--rank", "64"),  # large enough for 8 bits
-        ("--optimizer", "prodigy", "--learning_rate", "1", "--prodigy_safeguard_warmup", "--lr_warmup_steps", "2"),
+        pytest.param(
+            ("--optimizer", "prodigy", "--learning_rate", "1", "--prodigy_safeguard_warmup", "--lr_warmup_steps", "2"),
+            marks=pytest.mark.slow,
+        ),
         ("--optimizer", "came"),
     ],
     ids=["adamw8bit-bf16", "prodigy", "came"],
