@@ -196,7 +196,7 @@ def train_steps(
         logger.info("nothing left to train: this run is finished")
         export_trained()  # again: what is there may be of fewer steps
         return state
-    if accelerator.is_main_process:  # only now: a run that is refused or finished keeps its own
+    if is_main:  # only now: a run that is refused or finished keeps its own
         write_config(options)
         for name in ("checkpoints", "validation"):
             set_aside_after(run / name, state.step)
@@ -280,12 +280,14 @@ def train_steps(
     failure: Exception | None = None  # of what is read for a step, or of its videos; the steps before it are saved
     is_save_due = False
     with log, held_out or contextlib.nullcontext(), progress, saver:
-        while state.step < num_steps and not any_rank(accelerator, stop.requested or saver.has_failed)[0]:
+        while state.step < num_steps:
             started = time.perf_counter()
             step = next(steps)
-            is_lost, must_stop = any_rank(accelerator, isinstance(step, RunError), stop.requested)
-            if is_lost:  # here or in another process; a signal may have reached those that read ahead, too
-                failure = step if isinstance(step, RunError) and not must_stop else None
+            must_stop, is_lost = any_rank(accelerator, stop.requested or saver.has_failed, isinstance(step, RunError))
+            if must_stop:  # a signal may have reached those that read ahead, too: then their failure is none
+                break
+            if is_lost:  # here or in another process
+                failure = step if isinstance(step, RunError) else None
                 break
             assert isinstance(step, StepBatches)
             waited = time.perf_counter() - started
@@ -346,7 +348,7 @@ def train_steps(
             save()
         go_on = f"cogvideox-factory train --config {run / 'config.yaml'} --resume_from_checkpoint latest"
         with together(stop):
-            if accelerator.is_main_process:
+            if is_main:
                 memory.write()
             if isinstance(failure, (UserError, torch.OutOfMemoryError)):  # whose messages have remedies of their own
                 raise failure
