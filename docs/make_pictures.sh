@@ -14,13 +14,17 @@ import sys
 from pathlib import Path
 import numpy as np
 from cogvideox_factory.data.video import write_video
-from cogvideox_factory.demo.clips import FPS, render
+from cogvideox_factory.demo.clips import FPS, Scene
 
 folder = Path(sys.argv[1])
-red, blue = render("red", "circle", "right"), render("blue", "square", "left")
+def render(colour, shape, motion):
+    return Scene(colour, shape, motion, "dark").render()
+
+
+red, blue = render("red", "circle", "moving right"), render("blue", "square", "moving left")
 clips = {
     "landscape": (red, "a red circle moving right on a dark background"),
-    "portrait": (render("green", "triangle", "down").transpose(0, 2, 1, 3), "a green triangle moving right"),
+    "portrait": (render("green", "triangle", "moving down").transpose(0, 2, 1, 3), "a green triangle moving right"),
     "two scenes": (np.concatenate([red[:9], 255 - blue[9:]]), "a red circle, then a square on a light background"),
     "frozen": (np.repeat(blue[12:13], 25, axis=0), "a blue square moving left on a dark background"),
     "landscape copy": (red, "a red circle moving right on a dark background"),

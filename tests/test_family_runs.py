@@ -16,7 +16,7 @@ from members import IMAGE_TO_VIDEO, MEMBERS
 from PIL import Image
 
 from cogvideox_factory.data.video import write_video
-from cogvideox_factory.demo.clips import PROMPTS, render
+from cogvideox_factory.demo.clips import PROMPTS, Scene
 from cogvideox_factory.training import validation
 from cogvideox_factory.training.metrics import read_metrics
 
@@ -27,9 +27,10 @@ SIZES = {"native": (17, 64, 96), "portrait": (16, 96, 64)}
 @pytest.fixture(scope="module")
 def two_clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("two-clips")
-    for number, scene in enumerate((("red", "square", "left"), ("blue", "circle", "up"))):
-        write_video(folder / f"{number}.mp4", render(*scene), 8)
-        (folder / f"{number}.txt").write_text(f"a {scene[0]} {scene[1]} moving {scene[2]} on a dark background")
+    scenes = (Scene("red", "square", "moving left", "dark"), Scene("blue", "circle", "moving up", "dark"))
+    for number, scene in enumerate(scenes):
+        write_video(folder / f"{number}.mp4", scene.render(), 8)
+        (folder / f"{number}.txt").write_text(scene.caption)
     return folder
 
 

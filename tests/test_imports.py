@@ -40,7 +40,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "planning": {"config", "data", "model", "memory", "prepare", "sampling", "training", "progress", "stopping"},
     "report": {"config", "redaction"},
-    "demo": {"config", "data"},
+    "demo": {"config", "data", "run_folder"},
     "cli": {
         *("", "config", "command_line", "demo", "inspection", "prepare", "sampling", "training", "planning", "report"),
         *("messages", "progress", "ranks", "redaction", "stopping"),

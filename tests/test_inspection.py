@@ -25,7 +25,7 @@ from cogvideox_factory.config import DataOptions
 from cogvideox_factory.data.clips import Clip
 from cogvideox_factory.data.excerpts import read_excerpts
 from cogvideox_factory.data.video import read_frames, write_video
-from cogvideox_factory.demo.clips import render
+from cogvideox_factory.demo.clips import Scene
 from cogvideox_factory.inspection import spread
 
 LONG_CAPTION = "a red square moving left on a dark background " * 30 + "and it's blue"
@@ -83,19 +83,19 @@ def faults(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("faults")
     still = np.repeat(scene(3)[:1], 25, axis=0)
     videos: dict[str, tuple[np.ndarray, float]] = {
-        "good.mp4": (render("red", "square", "left"), 8),
-        "short.mp4": (render("red", "circle", "left")[:10], 8),
-        "silent.mp4": (render("red", "triangle", "left"), 8),
-        "small.mp4": (render("blue", "square", "left")[:, ::3, ::3], 8),
-        "slow.mp4": (render("blue", "circle", "left")[::2], 4),
+        "good.mp4": (Scene("red", "square", "moving left", "dark").render(), 8),
+        "short.mp4": (Scene("red", "circle", "moving left", "dark").render()[:10], 8),
+        "silent.mp4": (Scene("red", "triangle", "moving left", "dark").render(), 8),
+        "small.mp4": (Scene("blue", "square", "moving left", "dark").render()[:, ::3, ::3], 8),
+        "slow.mp4": (Scene("blue", "circle", "moving left", "dark").render()[::2], 4),
         "cut.mp4": (np.concatenate([scene(1)[:9], scene(2)[:11]]), 8),
         "black.mp4": (np.full_like(still, 2), 8),
         "static.mp4": (still, 8),
-        "long.mp4": (render("blue", "triangle", "left"), 8),
-        "same-a.mp4": (render("green", "square", "left"), 8),
-        "same-b.mp4": (render("green", "circle", "left"), 8),
-        "original.mp4": (render("green", "triangle", "left"), 8),
-        "listed.mp4": (render("yellow", "square", "left"), 8),
+        "long.mp4": (Scene("blue", "triangle", "moving left", "dark").render(), 8),
+        "same-a.mp4": (Scene("green", "square", "moving left", "dark").render(), 8),
+        "same-b.mp4": (Scene("green", "circle", "moving left", "dark").render(), 8),
+        "original.mp4": (Scene("green", "triangle", "moving left", "dark").render(), 8),
+        "listed.mp4": (Scene("yellow", "square", "moving left", "dark").render(), 8),
     }
     for name, (frames, fps) in videos.items():
         write_video(root / name, frames, fps)

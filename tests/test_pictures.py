@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cogvideox_factory.demo.clips import render
+from cogvideox_factory.demo.clips import Scene
 from cogvideox_factory.pictures import look_at
 
 HEIGHT, WIDTH, NUM_FRAMES = 120, 180, 24
@@ -106,7 +106,7 @@ def test_a_moving_square_is_no_cut() -> None:
     for index in range(NUM_FRAMES):
         frames[index, 30:90, 5 * index : 5 * index + 60] = 220
     assert cuts(frames) == []
-    assert cuts(render("red", "square", "left").astype(float)) == []
+    assert cuts(Scene("red", "square", "moving left", "dark").render().astype(float)) == []
 
 
 def test_a_small_jump_of_the_light_is_no_cut() -> None:

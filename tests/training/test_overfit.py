@@ -17,7 +17,7 @@ from PIL import Image
 
 from cogvideox_factory.data.store import PreparedSet
 from cogvideox_factory.data.video import write_video
-from cogvideox_factory.demo.clips import render
+from cogvideox_factory.demo.clips import Scene
 from cogvideox_factory.demo.tiny_model import build_tiny_pipeline
 
 Cli = Callable[..., tuple[int, str, str]]
@@ -64,7 +64,7 @@ def read_frames(folder: Path) -> np.ndarray:
 def test_a_model_trained_on_one_clip_gives_that_clip(cli: Cli, tmp_path: Path) -> None:
     model, clips, prepared, run = (tmp_path / name for name in ("model", "clips", "prepared", "run"))
     write_model(model)
-    write_video(clips / "clip.mp4", render("red", "square", "left"), 8)
+    write_video(clips / "clip.mp4", Scene("red", "square", "moving left", "dark").render(), 8)
     (clips / "clip.txt").write_text(CAPTION)
 
     def command(name: str, *flags: str | Path) -> None:

@@ -1,7 +1,4 @@
-"""A tiny CogVideoX of random weights: the real classes and the real schedule, small enough for a CPU.
-
-It has learned nothing: what it shows is that the chain works, not what a video model can do.
-"""
+"""A tiny CogVideoX of random weights: the real classes and the real schedule, small enough for a CPU."""
 
 from __future__ import annotations
 
@@ -11,7 +8,7 @@ from typing import Any
 
 import torch
 
-from cogvideox_factory.demo.clips import PROMPTS
+from cogvideox_factory.demo.clips import all_scenes
 
 MAX_TEXT_TOKENS = 226
 
@@ -19,11 +16,12 @@ MAX_TEXT_TOKENS = 226
 def build_tiny_pipeline(
     seed: int = 0,
     *,
+    vae: Any = None,
     vae_options: Mapping[str, Any] | None = None,
     scheduler_options: Mapping[str, Any] | None = None,
     **transformer_options: Any,
 ):
-    """A stock pipeline of 17×64×96 videos; options of its parts can be overridden.
+    """A stock pipeline of 17×64×96 videos; options of its parts can be overridden, and a VAE that exists can be given.
 
     With twice the latent channels as `in_channels` it is an image-to-video pipeline, otherwise text-to-video.
     """
@@ -49,7 +47,7 @@ def build_tiny_pipeline(
                 feed_forward_proj="gated-gelu",
             )
         )
-        vae = AutoencoderKLCogVideoX(
+        vae = vae or AutoencoderKLCogVideoX(
             **{
                 "block_out_channels": (4, 4, 8, 8),  # most of the time that a CPU takes for videos goes into these
                 "layers_per_block": 1,
@@ -105,10 +103,10 @@ def build_scheduler(**options: Any):
 
 
 def build_tokenizer():
-    """A T5 tokenizer whose pieces are the words of the demo's captions, and single characters for all others."""
+    """A T5 tokenizer whose pieces are the words of the demo's world, and single characters for all others."""
     from transformers import T5Tokenizer
 
-    words = sorted({f"▁{word}" for prompt in PROMPTS for word in prompt.split()})
+    words = sorted({f"▁{word}" for scene in all_scenes() for word in scene.caption.split()})
     characters = ["▁", *string.ascii_letters, *string.digits, *string.punctuation]
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
     pieces += [(piece, -2.0) for piece in words if len(piece) > 1] + [(piece, -6.0) for piece in characters]
