@@ -18,6 +18,7 @@ import pytest
 import yaml
 
 from cogvideox_factory.cli import main
+from cogvideox_factory.config import COMMANDS, option_values
 from cogvideox_factory.demo.clips import render_clips
 
 Cli = Callable[..., tuple[int, str, str]]
@@ -35,7 +36,8 @@ MODELS = {  # what a document names: the tiny model that takes its place
 SMALL = {  # values that take the place of those that a line, or its recipe, gives
     **{"frame_buckets": "17", "height_buckets": "64", "width_buckets": "96"},
     **{"num_frames": "17", "height": "64", "width": "96"},
-    **{"rank": "4", "lora_alpha": "4"},
+    **{"rank": "4", "lora_alpha": "4", "step": "1"},
+    "validation_fraction": "0.3",  # of a dozen clips, less can be none
 }
 STAND_INS = {  # programs that are not run, and why
     "pip": "installs from a registry",
@@ -116,7 +118,7 @@ def place(
         link(folder / path.name, path)
     link(folder / "data/steamboat", few_clips)
     for name in re.findall(r"data/[\w-]+", "\n".join(LINES)):
-        link(folder / name, more_clips)
+        link(folder / name, prepared_folder if name.endswith("-prepared") else more_clips)
     link(folder / "runs/demo/clips", few_clips)
     link(folder / "runs/demo/model", tiny_model)
     link(folder / "runs/demo/prepared", prepared_folder)
@@ -172,7 +174,7 @@ def made_small(arguments: Sequence[str], member: Callable[[str], Path]) -> list[
     config = Path(flags[flags.index("--config") + 1]) if "config" in shown else None
     if config and config.parent.name == "recipes":  # a run's own config.yaml is small already
         recipe = yaml.safe_load(config.read_text())
-        shown |= set(recipe)
+        shown |= set(recipe) & set(option_values(COMMANDS[command]()))
         small += ["--pretrained_model_name_or_path", str(member(MODELS[recipe["pretrained_model_name_or_path"]]))]
     small += [word for name, value in SMALL.items() if name in shown for word in (f"--{name}", value)]
     goes_on = "resume_from_checkpoint" in shown and config is not None  # the run that is there; else a new one
@@ -207,6 +209,19 @@ def test_what_is_not_run_is_shown_somewhere() -> None:
     for name in STAND_INS:
         assert re.search(rf"(?:^|[(;&|] ?|then ){name} ", text, re.MULTILINE), name
     assert all(f" {option}" in text for option in LEFT_OUT)
+
+
+def test_each_recipe_is_shown_with_the_model_of_its_name() -> None:
+    """So each is run; its options are checked by the parser then."""
+    recipes = sorted(ROOT.glob("recipes/*.yaml"))
+    assert len(recipes) > 10
+    for path in recipes:
+        assert any(f"train --config recipes/{path.name} " in line for line in LINES), path.name
+        recipe = yaml.safe_load(path.read_text())
+        _, member, method = re.fullmatch(r"(\w+?)-(.+)-(lora|sft)", path.stem).groups()  # type: ignore[union-attr]
+        assert MODELS[recipe["pretrained_model_name_or_path"]].lower() == member
+        assert recipe.get("training_type", "lora") == method
+        assert f"recipes/{path.name} " in path.read_text().splitlines()[1]
 
 
 def test_lines_are_found() -> None:
