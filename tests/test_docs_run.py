@@ -12,6 +12,7 @@ import shlex
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,6 @@ import yaml
 
 from cogvideox_factory.cli import main
 from cogvideox_factory.config import COMMANDS, option_values
-from cogvideox_factory.demo.clips import render_clips
 
 Cli = Callable[..., tuple[int, str, str]]
 ROOT = Path(__file__).parent.parent
@@ -37,7 +37,7 @@ SMALL = {  # values that take the place of those that a line, or its recipe, giv
     **{"frame_buckets": "17", "height_buckets": "64", "width_buckets": "96"},
     **{"num_frames": "17", "height": "64", "width": "96"},
     **{"rank": "4", "lora_alpha": "4", "step": "1"},
-    "validation_fraction": "0.3",  # of a dozen clips, less can be none
+    "validation_fraction": "0.5",  # of few clips, less can be none
 }
 STAND_INS = {  # programs that are not run, and why
     "pip": "installs from a registry",
@@ -58,9 +58,10 @@ def lines_of(text: str) -> Iterator[str]:
         lines = [block] if block.startswith("#!") else re.sub(r"\\\n\s*", "", block).splitlines()
         yield from (line.strip() for line in lines if line.strip())
     sentences = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
-    for code in re.findall(r"`((?:cogvideox-factory|accelerate launch) [^`]+ [^`]+)`", sentences):
+    for code in re.findall(r"`((?:cogvideox-factory|accelerate launch|train|sample|report) [^`]+)`", sentences):
         if "…" not in code and re.search(r" (runs|data)/", code):  # others name options, or leave something open
-            yield " ".join(code.split())
+            program = "cogvideox-factory " if code.split()[0] in COMMANDS else ""
+            yield program + " ".join(code.split())
 
 
 def lines_shown() -> dict[str, str]:
@@ -79,26 +80,22 @@ LINES = lines_shown()
 
 
 @pytest.fixture(scope="module")
-def finished_runs(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, few_clips: Path) -> Path:
-    """A folder in which lies a run of a LoRA of one step, with a video, by the names that the documents give it."""
-    folder, came_from = tmp_path_factory.mktemp("documents"), Path.cwd()
+def finished_run(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, few_clips: Path) -> Path:
+    """A run of a LoRA of one step, with a video."""
+    run = tmp_path_factory.mktemp("documents") / "run"
     flags = ("--rank", "4", "--max_train_steps", "1", "--num_inference_steps", "1", "--validation_prompt", "a circle")
-    (folder / "data").mkdir()
-    (folder / "data/steamboat").symlink_to(few_clips)
-    os.chdir(folder)  # config.yaml names the folders as they are typed
-    try:
-        paths = ("--data_root", "data/steamboat", "--output_dir", "runs/steamboat")
-        assert main(["train", "--pretrained_model_name_or_path", str(tiny_model), *paths, *flags]) == 0
-    finally:
-        os.chdir(came_from)
-    return folder / "runs/steamboat"
+    paths = ("--pretrained_model_name_or_path", tiny_model, "--data_root", few_clips, "--output_dir", run)
+    assert main(["train", *map(str, paths), *flags]) == 0
+    return run
 
 
 @pytest.fixture(scope="module")
-def more_clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A dozen clips that are long enough for both rates, a few of which can be held out."""
+def more_clips(tmp_path_factory: pytest.TempPathFactory, clips: Path) -> Path:
+    """Eight clips, of which some can be held out."""
     folder = tmp_path_factory.mktemp("more-clips")
-    render_clips(folder)
+    (folder / "videos").symlink_to(clips / "videos")
+    for name in ("prompts.txt", "videos.txt"):
+        (folder / name).write_text("".join((clips / name).read_text().splitlines(keepends=True)[:8]))
     return folder
 
 
@@ -108,7 +105,7 @@ def place(
     tiny_model: Path,
     few_clips: Path,
     more_clips: Path,
-    finished_runs: Path,
+    finished_run: Path,
     prepared_folder: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> Path:
@@ -123,7 +120,9 @@ def place(
     link(folder / "runs/demo/model", tiny_model)
     link(folder / "runs/demo/prepared", prepared_folder)
     for name in ("steamboat", "rank-16", "rank-64"):
-        shutil.copytree(finished_runs, folder / "runs" / name, symlinks=True)
+        run = shutil.copytree(finished_run, folder / "runs" / name)
+        config = run / "config.yaml"
+        config.write_text(config.read_text().replace(str(finished_run), f"runs/{name}"))
     monkeypatch.chdir(folder)
     return folder
 
@@ -202,6 +201,15 @@ def test_what_is_shown_runs(
         arguments = made_small(arguments, member)
         code, _, messages = cli(*arguments)
         assert code == 0, f"{line}\n{shlex.join(arguments)}\n{messages}"
+        if arguments[0] == "train":
+            steps = (Path(last_value(arguments, "--output_dir") or "runs/steamboat") / "metrics.jsonl").read_text()
+            assert len(steps.splitlines()) == int(last_value(arguments, "--max_train_steps") or 0)
+        elif arguments[0] == "sample":
+            assert Path(last_value(arguments, "--output") or "").is_file()
+
+
+def last_value(arguments: Sequence[str], flag: str) -> str | None:
+    return next((value for name, value in reversed(list(pairwise(arguments))) if name == flag), None)
 
 
 def test_what_is_not_run_is_shown_somewhere() -> None:
