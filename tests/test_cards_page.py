@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -14,6 +15,7 @@ from cogvideox_factory.config import Train, with_values
 from cogvideox_factory.planning.texts import flags_of
 
 MAKER = Path(__file__).parents[1] / "docs/make_cards.py"
+FOUND = MAKER.with_name("cards.json")
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +43,39 @@ def test_every_command_is_one_and_fits(maker: ModuleType) -> None:
         parse_command(Train, "train", (*flags, *row["flags"].split()))
         assert max(phase["peak_gib"] for phase in row["phases"]) + 1.2 <= float(card)
         assert max(phase["host_gib"] for phase in row["phases"]) + 2 <= maker.CARDS[int(card)]
+
+
+ALL_FLAGS = sorted(
+    {
+        f"--training_type {key.split()[1]} {row['flags']}"
+        for key, rows in json.loads(FOUND.read_text()).items()
+        for row in rows.values()
+        if row["fits"]
+    }
+)
+NEED_A_GPU = {"--use_cpu_offload_optimizer", "--offload_gradients"}  # refused without one; the second needs the first
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(len(ALL_FLAGS)))
+def test_every_command_trains(
+    number: int, tiny_model: Path, prepared_folder: Path, tmp_path: Path, cli: Callable[..., tuple[int, str, str]]
+) -> None:
+    """The options of a card go together, in the training and for its videos, on a CPU and a tiny model at least."""
+    flags = [flag for flag in ALL_FLAGS[number].split() if flag not in NEED_A_GPU]
+    paths = (
+        "--model_id",
+        tiny_model,
+        "--data_root",
+        prepared_folder,
+        "--load_tensors",
+        "--output_dir",
+        tmp_path / "run",
+    )
+    few = ("--max_train_steps", "1", "--num_inference_steps", "1", "--validation_prompt", "a circle")
+    code, _, messages = cli("train", *paths, *few, "--report_to", "none", *flags)
+    assert code == 0, f"{ALL_FLAGS[number]}\n{messages}"
+    assert list((tmp_path / "run/validation").glob("step-00000001/*.mp4"))
 
 
 def test_flags_are_written_as_they_are_read() -> None:

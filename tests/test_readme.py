@@ -73,7 +73,7 @@ def test_the_diffusers_snippets_run(
 
 
 @pytest.mark.parametrize(
-    "file", [*READMES, DATASET_GUIDE, "docs/training.md", *(path.name for path in ROOT.glob("*.sh"))]
+    "file", [*READMES, DATASET_GUIDE, "docs/training.md", "docs/recipes.md", *(path.name for path in ROOT.glob("*.sh"))]
 )
 def test_every_option_that_is_named_exists(file: str) -> None:
     known = {name for command in COMMANDS.values() for name in option_values(command())}
