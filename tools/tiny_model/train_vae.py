@@ -27,6 +27,7 @@ from cogvideox_factory.demo.learned_model import build_vae
 PHASES = {"pictures": ((1, 32, 48), 24), "crops": ((9, 32, 48), 4), "clips": ((9, 64, 96), 2)}
 KL_WEIGHT = 1e-4
 LATENT_NOISE = 0.05  # standard deviations, so that what a transformer gets slightly wrong is decoded all the same
+BETAS = (0.9, 0.99)
 SAVE_EVERY = 250
 
 
@@ -34,29 +35,30 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--output", type=Path, required=True, help="folder of the autoencoder")
     parser.add_argument(
-        "--steps", type=int, nargs=3, default=(1500, 3000, 2500), metavar=tuple(PHASES), help="of each phase"
+        "--steps", type=int, nargs=3, default=(1500, 3000, 1500), metavar=tuple(PHASES), help="of each phase"
     )
-    parser.add_argument("--learning_rate", type=float, default=2e-3, help="highest, of a one-cycle schedule")
+    parser.add_argument("--learning_rate", type=float, default=2e-3, help="highest: it rises, and falls as a cosine")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
 
     torch.manual_seed(arguments.seed)
     vae = build_vae().train()
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=arguments.learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=arguments.learning_rate, betas=BETAS, weight_decay=0.01)
     total = sum(arguments.steps)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, arguments.learning_rate, total, pct_start=0.03)
     state_file = arguments.output / "state.pt"
     step = 0
     if state_file.exists():
         state = torch.load(state_file, weights_only=True)
         vae.load_state_dict(state["vae"])
         optimizer.load_state_dict(state["optimizer"])
-        schedule.load_state_dict(state["schedule"])
         step = state["step"]
 
     began, losses = time.monotonic(), []
     while step < total:
+        for group in optimizer.param_groups:
+            group["lr"] = arguments.learning_rate * share_of_rate(step / total)
+            group["betas"] = BETAS
         phase = np.searchsorted(np.cumsum(arguments.steps), step, side="right")
         size, batch = list(PHASES.values())[phase]
         clips = to_tensor(random_clips(np.random.default_rng((arguments.seed, step)), batch, size))
@@ -73,7 +75,6 @@ def main() -> None:
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        schedule.step()
         step += 1
         losses.append(absolute.item())
         if step % SAVE_EVERY == 0 or step == total:
@@ -81,13 +82,17 @@ def main() -> None:
             print(f"{step:6} of {total}: error {np.mean(losses[-SAVE_EVERY:]):.4f}, {rate:.2f} s a step", flush=True)
             state = {"vae": vae.state_dict(), "optimizer": optimizer.state_dict()}
             unfinished = state_file.with_suffix(".part")
-            torch.save({**state, "schedule": schedule.state_dict(), "step": step}, unfinished)
+            torch.save({**state, "step": step}, unfinished)
             unfinished.replace(state_file)
 
     figures = finish(vae.eval(), arguments.seed)
     vae.half().save_pretrained(arguments.output)
     (arguments.output / "figures.json").write_text(json.dumps(figures, indent=1) + "\n")
     print(json.dumps(figures))
+
+
+def share_of_rate(progress: float) -> float:
+    return min(progress / 0.03, 0.5 + 0.5 * math.cos(math.pi * progress))
 
 
 @torch.no_grad()
