@@ -26,8 +26,8 @@ from typing import Any
 import numpy as np
 import psutil
 
-from cogvideox_factory.demo.clips import PROMPTS, render_clips
 from cogvideox_factory.demo.tiny_model import build_tiny_pipeline
+from cogvideox_factory.demo.world import PROMPTS, render_clips
 
 SECONDS_BETWEEN = 0.25
 NUM_KEPT = 200  # samples in the file of results

@@ -28,8 +28,8 @@ from cogvideox_factory.cli import main as cli
 from cogvideox_factory.data.loader import Batch, PreparedClips
 from cogvideox_factory.data.sampler import Position, Sampler
 from cogvideox_factory.data.store import PreparedSet
-from cogvideox_factory.demo.clips import render_clips
 from cogvideox_factory.demo.tiny_model import build_tiny_pipeline
+from cogvideox_factory.demo.world import render_clips
 from cogvideox_factory.training.metrics import MetricsLog
 
 BATCH_SIZE, RANK, WARM_UP = 4, 16, 10

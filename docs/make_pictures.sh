@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# Makes the pictures of README and docs from a real run: the demo's report, rendered by headless Chromium, and the
-# contact sheet of a few rendered clips with faults.
+# Makes the pictures of README and docs from a real run: what the demo has learned, its report, rendered by headless
+# Chromium, and the contact sheet of a few rendered clips with faults.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 run=$(mktemp -d)
 trap 'rm -rf "$run"' EXIT
 .venv/bin/cogvideox-factory demo --output_dir "$run/demo"
+cp "$run/demo/before-after.gif" docs/images/before-after.gif
 "${CHROMIUM:-chromium}" --headless --no-sandbox --disable-gpu --hide-scrollbars --no-first-run \
   --disable-background-networking --user-data-dir="$run/profile" --virtual-time-budget=4000 \
   --window-size=900,1500 --screenshot="docs/images/demo-report.png" "file://$run/demo/run/report.html"
@@ -14,7 +15,7 @@ import sys
 from pathlib import Path
 import numpy as np
 from cogvideox_factory.data.video import write_video
-from cogvideox_factory.demo.clips import FPS, Scene
+from cogvideox_factory.demo.world import FPS, Scene
 
 folder = Path(sys.argv[1])
 def render(colour, shape, motion):

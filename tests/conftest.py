@@ -13,8 +13,8 @@ from members import save_member
 from cogvideox_factory.cli import main
 from cogvideox_factory.config import ModelOptions
 from cogvideox_factory.data.store import Entry, PreparedSet
-from cogvideox_factory.demo.clips import render_clips
 from cogvideox_factory.demo.tiny_model import build_tiny_pipeline
+from cogvideox_factory.demo.world import render_clips
 from cogvideox_factory.model.family import Checkpoint, open_checkpoint
 
 CPU = torch.device("cpu")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -11,10 +12,12 @@ from pathlib import Path
 
 import pytest
 
+import cogvideox_factory.demo
 from cogvideox_factory import cli as cli_module
 from cogvideox_factory.cli import main, run_guarded
 from cogvideox_factory.command_line import parse_command
 from cogvideox_factory.config import COMMANDS
+from cogvideox_factory.demo import SHOWN
 
 Cli = Callable[..., tuple[int, str, str]]
 PROGRAM = [sys.executable, "-m", "cogvideox_factory"]
@@ -174,10 +177,10 @@ def test_prepare_train_sample_and_report_run_as_processes(tiny_model: Path, few_
 
 def assert_demo_ended(messages: str) -> None:
     """The last lines name what there is now, and four commands were shown."""
-    last = messages.strip().splitlines()[-3:]
-    for line, name in zip(last, ("LoRA", "videos", "report"), strict=True):
+    last = messages.strip().splitlines()[-4:]
+    for line, name in zip(last, ("LoRA", "videos", "picture", "report"), strict=True):
         assert line.split()[0] == name
-        assert Path(line.split()[1]).exists()
+        assert Path(line.split()[1].rstrip(":")).exists()
     assert messages.count("$ cogvideox-factory") == 4
     assert "Traceback" not in messages
 
@@ -194,6 +197,7 @@ def test_demo_ends_with_the_lora_the_videos_and_the_report(
         return main([few.get(flag, value) for flag, value in pairs])
 
     monkeypatch.setattr(cli_module, "main", run_shortened)
+    monkeypatch.setattr(cogvideox_factory.demo, "NUM_CLIPS", 8)
     code, _, messages = cli("demo", "--output_dir", tmp_path / "demo")
     assert code == 0 and shortened == few.keys()
     assert_demo_ended(messages)
@@ -205,6 +209,9 @@ def test_the_whole_demo_as_a_process(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert_demo_ended(done.stderr)
     assert "Warning" not in done.stderr and "WARNING" not in done.stderr
+    distances = re.findall(r"base +([\d.]+) → fine-tuned +([\d.]+)", done.stderr)
+    assert len(distances) == len(SHOWN)
+    assert all(float(tuned) < float(base) / 3 for base, tuned in distances)  # it has learned the style
 
 
 def test_a_fault_of_ours_is_reported_by_a_traceback_without_secrets(capsys: pytest.CaptureFixture[str]) -> None:

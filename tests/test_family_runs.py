@@ -16,7 +16,7 @@ from members import IMAGE_TO_VIDEO, MEMBERS
 from PIL import Image
 
 from cogvideox_factory.data.video import write_video
-from cogvideox_factory.demo.clips import PROMPTS, Scene
+from cogvideox_factory.demo.world import PROMPTS, Scene
 from cogvideox_factory.training import validation
 from cogvideox_factory.training.metrics import read_metrics
 

@@ -25,7 +25,7 @@ from cogvideox_factory.config import DataOptions
 from cogvideox_factory.data.clips import Clip
 from cogvideox_factory.data.excerpts import read_excerpts
 from cogvideox_factory.data.video import read_frames, write_video
-from cogvideox_factory.demo.clips import Scene
+from cogvideox_factory.demo.world import Scene
 from cogvideox_factory.inspection import spread
 
 LONG_CAPTION = "a red square moving left on a dark background " * 30 + "and it's blue"

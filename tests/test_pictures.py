@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cogvideox_factory.demo.clips import Scene
+from cogvideox_factory.demo.world import Scene
 from cogvideox_factory.pictures import look_at
 
 HEIGHT, WIDTH, NUM_FRAMES = 120, 180, 24

@@ -15,7 +15,9 @@ import av
 import pytest
 
 from cogvideox_factory.cli import main
-from cogvideox_factory.config import COMMANDS, option_values
+from cogvideox_factory.config import COMMANDS, Demo, option_values
+from cogvideox_factory.demo import STYLE, lesson
+from cogvideox_factory.demo.world import NATIVE_SIZE, render_clips
 
 Cli = Callable[..., tuple[int, str, str]]
 ROOT = Path(__file__).parent.parent
@@ -186,14 +188,13 @@ def test_the_path_that_guides_name_prepares(tiny_model: Path, few_clips: Path, t
 
 
 def test_the_commands_of_the_guide_to_data_sets_give_what_it_shows(
-    tiny_model: Path, clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Cli
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Cli
 ) -> None:
     text = (ROOT / DATASET_GUIDE).read_text()
     monkeypatch.chdir(tmp_path)
-    for name, folder in (("model", tiny_model), ("clips", clips)):
-        link = tmp_path / "runs/demo" / name
-        link.parent.mkdir(parents=True, exist_ok=True)
-        link.symlink_to(folder)
+    (tmp_path / "runs/demo").mkdir(parents=True)
+    (tmp_path / "runs/demo/model").symlink_to(tiny_model)
+    render_clips(tmp_path / "runs/demo/clips", lesson(Demo().seed), NATIVE_SIZE, STYLE)
     blocks = "\n".join(re.findall(r"```bash\n(.*?)```", text, re.DOTALL)).replace("\\\n", " ")
     commands = [line for line in blocks.splitlines() if line.startswith("cogvideox-factory ")]
     shown = {}

@@ -45,8 +45,8 @@ import cogvideox_factory.report
 import cogvideox_factory.training.loop
 from cogvideox_factory.command_line import parse_command
 from cogvideox_factory.config import COMMANDS
-from cogvideox_factory.demo.clips import PROMPTS, render_clips
 from cogvideox_factory.demo.tiny_model import build_tiny_pipeline
+from cogvideox_factory.demo.world import PROMPTS, render_clips
 
 NUM_CLIPS, NUM_STEPS, STOPPED_AFTER = 4, 12, 8
 DAMAGED = {"prepare": "the prepared set", "train": "the newest checkpoint"}

@@ -560,7 +560,7 @@ class MessageOptions:
 
 @option_group
 class Demo:
-    """Show the whole chain on a CPU in minutes, on a tiny model of random weights and a few rendered clips.
+    """Show the whole chain on a CPU in minutes: a tiny CogVideoX learns a style from a few rendered clips.
 
     Each command that the demo runs is printed as one would type it.
     """
@@ -569,7 +569,7 @@ class Demo:
     output_dir: Path = Path("runs/demo")
     """Folder for everything that the demo makes. It is emptied first if an earlier demo wrote it."""
     seed: Annotated[int, Within(0, 2**63 - 1)] = 42
-    """Seed of the clips, the tiny model and the training."""
+    """Seed of the choice of clips and of the training."""
 
     example = "cogvideox-factory demo --output_dir runs/demo"
 

@@ -12,8 +12,8 @@ import torch
 from diffusers import CogVideoXDDIMScheduler, CogVideoXPipeline
 from transformers import T5Tokenizer
 
-from cogvideox_factory.demo.clips import PROMPTS
 from cogvideox_factory.demo.tiny_model import MAX_TEXT_TOKENS, build_scheduler, build_tiny_pipeline, build_tokenizer
+from cogvideox_factory.demo.world import PROMPTS
 
 MODELS = ("transformer", "vae", "text_encoder")
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from cogvideox_factory.data.video import read_timeline
-from cogvideox_factory.demo.clips import (
+from cogvideox_factory.demo.world import (
     BACKGROUNDS,
     COLOURS,
     MOTIONS,

@@ -12,8 +12,8 @@ import torch
 from diffusers import AutoencoderKLCogVideoX, CogVideoXPipeline
 
 from cogvideox_factory.config import ModelOptions, UserError
-from cogvideox_factory.demo.clips import PROMPTS
 from cogvideox_factory.demo.tiny_model import build_tiny_pipeline
+from cogvideox_factory.demo.world import PROMPTS
 from cogvideox_factory.model.encoders import TextEncoder, VideoEncoder, load_vae, spare_memory
 from cogvideox_factory.model.family import Checkpoint, open_checkpoint
 

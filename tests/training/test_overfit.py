@@ -17,8 +17,8 @@ from PIL import Image
 
 from cogvideox_factory.data.store import PreparedSet
 from cogvideox_factory.data.video import write_video
-from cogvideox_factory.demo.clips import Scene
 from cogvideox_factory.demo.tiny_model import build_tiny_pipeline
+from cogvideox_factory.demo.world import Scene
 
 Cli = Callable[..., tuple[int, str, str]]
 CAPTION = "a red square moving left on a dark background"

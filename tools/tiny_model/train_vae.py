@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from torch.nn.functional import l1_loss, mse_loss
 
-from cogvideox_factory.demo.clips import NATIVE_SIZE, SHAPES, STYLES, Pose, Size, all_scenes, distance_to
 from cogvideox_factory.demo.learned_model import build_vae
+from cogvideox_factory.demo.world import NATIVE_SIZE, SHAPES, STYLES, Pose, Size, all_scenes, distance_to
 
 # Frames, height and width, and clips a step. 9 frames are what the encoder takes at a time.
 PHASES = {"pictures": ((1, 32, 48), 24), "crops": ((9, 32, 48), 4), "clips": ((9, 64, 96), 2)}

@@ -7,14 +7,22 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import random
 import shlex
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from cogvideox_factory.config import Demo, MessageOptions, UserError
+from cogvideox_factory.demo.world import Scene
 
 MARKER = ".cogvideox-factory-demo"
+STYLE, NUM_CLIPS = "neon", 24
+SHOWN = (
+    Scene("red", "triangle", "growing", "light"),
+    Scene("yellow", "circle", "moving right", "brown"),
+    Scene("cyan", "square", "moving up", "grey"),
+)
 logger = logging.getLogger(__name__)
 
 
@@ -24,16 +32,16 @@ def run(options: Demo, command: Callable[[Sequence[str]], int]) -> None:
     Raises UserError where the output folder holds something else, and SystemExit with the code of a command that
     fails.
     """
-    from cogvideox_factory.demo.clips import PROMPTS, render_clips
-    from cogvideox_factory.demo.tiny_model import build_tiny_pipeline
+    from cogvideox_factory.demo.learned_model import copy_learned_model
+    from cogvideox_factory.demo.world import NATIVE_SIZE, render_clips
 
     root = options.output_dir
     _empty_folder(root)
     model, clips, prepared, trained = root / "model", root / "clips", root / "prepared", root / "run"
-    logger.info("1/6  a tiny CogVideoX of random weights → %s", model)
-    build_tiny_pipeline(seed=options.seed).save_pretrained(model)
-    logger.info("2/6  rendered clips with captions → %s", clips)
-    render_clips(clips)
+    logger.info("1/7  a tiny CogVideoX that paints coloured shapes → %s", model)
+    copy_learned_model(model)
+    logger.info("2/7  clips in a style that it cannot paint, %s, with captions → %s", STYLE, clips)
+    render_clips(clips, lesson(options.seed), NATIVE_SIZE, STYLE)
 
     def step(title: str, *arguments: str | Path) -> None:
         words = [*map(str, arguments), *_flags(options.messages)]
@@ -44,28 +52,57 @@ def run(options: Demo, command: Callable[[Sequence[str]], int]) -> None:
 
     model_flag = ("--pretrained_model_name_or_path", model)
     seed = ("--seed", str(options.seed))
+    video = ("--num_inference_steps", "20", "--guidance_scale", "3")
     step(
-        "3/6  clips and captions become latents and embeddings, once",
+        "3/7  clips and captions become latents and embeddings, once",
         *("prepare", *model_flag, "--data_root", clips, "--output_dir", prepared),
     )
     step(
-        "4/6  a LoRA is trained on them, with videos of the model before and after",
+        "4/7  a LoRA is trained on them; as it learns, videos of captions that it is not trained on",
         *("train", *model_flag, "--data_root", prepared, "--load_tensors", "--output_dir", trained, *seed),
         *("--rank", "16", "--lora_alpha", "16", "--learning_rate", "2e-3"),
-        *("--train_batch_size", "4", "--max_train_steps", "150", "--lr_warmup_steps", "10"),
-        *("--checkpointing_steps", "50", "--checkpoints_total_limit", "2"),
-        *("--validation_prompt", ":::".join(PROMPTS[:2]), "--num_inference_steps", "20"),
+        *("--train_batch_size", "8", "--max_train_steps", "200", "--lr_warmup_steps", "10"),
+        *("--checkpointing_steps", "100", "--checkpoints_total_limit", "2"),
+        *("--validation_prompt", ":::".join(scene.caption for scene in SHOWN), "--validation_steps", "50", *video),
     )
     step(
-        "5/6  a video of the trained model",
-        *("sample", "--run", trained, "--prompt", PROMPTS[0], "--num_inference_steps", "20", *seed),
+        "5/7  a video of the trained model",
+        *("sample", "--run", trained, "--prompt", SHOWN[0].caption, *video, *seed),
         *("--output", root / "sample.mp4"),
     )
-    step("6/6  the report", "report", "--run", trained)
+    step("6/7  the report", "report", "--run", trained)
+    logger.info("\n7/7  base, fine-tuned and target: how far each is from the target, of 255")
+    picture = _compare(root, trained)
     logger.info("\nDone. Open the report in a browser; it is one file.")
-    logger.info("  LoRA    %s", trained / "pytorch_lora_weights.safetensors")
-    logger.info("  videos  %s and %s", trained / "validation", root / "sample.mp4")
-    logger.info("  report  %s", trained / "report.html")
+    logger.info("  LoRA     %s", trained / "pytorch_lora_weights.safetensors")
+    logger.info("  videos   %s and %s", trained / "validation", root / "sample.mp4")
+    logger.info("  picture  %s: base, fine-tuned and target side by side", picture)
+    logger.info("  report   %s", trained / "report.html")
+
+
+def lesson(seed: int) -> list[Scene]:
+    """The scenes that the LoRA is trained on, none of those that are shown."""
+    from cogvideox_factory.demo.world import all_scenes
+
+    scenes = [scene for scene in all_scenes() if scene not in SHOWN]
+    return random.Random(seed).sample(scenes, NUM_CLIPS)
+
+
+def _compare(root: Path, run: Path) -> Path:
+    """Say the distances of the videos of before and after the training, and draw them beside what was to be learned."""
+    from cogvideox_factory.demo.before_after import BeforeAfter, read_all, write_animation
+    from cogvideox_factory.demo.world import FPS, NATIVE_SIZE
+    from cogvideox_factory.run_folder import step_folders
+
+    before, *_, after = step_folders(run / "validation")
+    rows = []
+    for number, scene in enumerate(SHOWN):
+        base, tuned = (read_all(folder / f"prompt-{number:02}-video-0.mp4") for folder in (before, after))
+        rows.append(BeforeAfter(scene.caption, base, tuned, scene.render(NATIVE_SIZE, STYLE)))
+        logger.info("     base %6.1f → fine-tuned %6.1f   %s", *rows[-1].distances, scene.caption)
+    picture = root / "before-after.gif"
+    write_animation(picture, rows, FPS)
+    return picture
 
 
 def _flags(messages: MessageOptions) -> list[str]:

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from cogvideox_factory.demo.clips import NATIVE_SIZE
 from cogvideox_factory.demo.tiny_model import build_tiny_pipeline
+from cogvideox_factory.demo.world import NATIVE_SIZE
 
 FOLDER = Path(__file__).with_name("weights")
 LATENT_CHANNELS = 16  # as the published models have

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from cogvideox_factory.demo.clips import all_scenes
+from cogvideox_factory.demo.world import all_scenes
 
 MAX_TEXT_TOKENS = 226
 

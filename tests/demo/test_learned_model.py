@@ -1,0 +1,75 @@
+"""The tiny model that ships has learned what its captions say."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import CogVideoXPipeline
+
+from cogvideox_factory.demo import SHOWN, lesson
+from cogvideox_factory.demo.learned_model import FOLDER, MAX_TEXT_TOKENS, build_pipeline, build_vae, copy_learned_model
+from cogvideox_factory.demo.world import NATIVE_SIZE, STYLES, Scene, all_scenes
+
+FIGURES = Path(__file__).parents[2] / "tools/tiny_model/figures.json"
+
+
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory: pytest.TempPathFactory) -> CogVideoXPipeline:
+    folder = tmp_path_factory.mktemp("learned") / "model"
+    copy_learned_model(folder)
+    pipeline = CogVideoXPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def test_it_is_small_and_in_half_precision() -> None:
+    assert sum(path.stat().st_size for path in FOLDER.rglob("*") if path.is_file()) < 5.3e6
+    stored = CogVideoXPipeline.from_pretrained(FOLDER)
+    assert {stored.transformer.dtype, stored.vae.dtype, stored.text_encoder.dtype} == {torch.float16}
+
+
+def test_the_scripts_build_what_ships(learned: CogVideoXPipeline) -> None:
+    built = build_pipeline(0, build_vae())
+    for name in ("transformer", "vae", "text_encoder"):
+        ours, theirs = (getattr(pipeline, name).state_dict() for pipeline in (built, learned))
+        assert {key: value.shape for key, value in ours.items()} == {key: value.shape for key, value in theirs.items()}
+    assert learned.transformer.config.max_text_seq_length == MAX_TEXT_TOKENS
+    longest = max(len(learned.tokenizer(scene.caption).input_ids) for scene in all_scenes())
+    assert longest <= MAX_TEXT_TOKENS
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("style", STYLES)
+def test_its_autoencoder_gives_back_both_styles(learned: CogVideoXPipeline, style: str) -> None:
+    """The style that the demo teaches must be one that the latents can hold."""
+    scene = Scene("purple", "cross", "moving up", "grey")
+    clip = torch.from_numpy(scene.render(NATIVE_SIZE, style)).permute(3, 0, 1, 2)[None] / 127.5 - 1
+    latents = learned.vae.encode(clip).latent_dist.mode()
+    error = (learned.vae.decode(latents).sample.clamp(-1, 1) - clip).abs().mean() * 127.5
+    figure = json.loads(FIGURES.read_text())["autoencoder"][f"{style}: error of pixels, of 255"]
+    assert error < 2 * figure
+
+
+def test_a_caption_gives_its_scene(learned: CogVideoXPipeline) -> None:
+    """The nearest scene has the colour, the motion and the background that were asked for."""
+    scene = SHOWN[1]
+    frames = learned(
+        scene.caption,
+        num_inference_steps=20,
+        guidance_scale=3,
+        generator=torch.Generator().manual_seed(1),
+        output_type="np",
+    ).frames[0]
+    scenes = [other for other in all_scenes() if other.shape == scene.shape]
+    nearest = min(scenes, key=lambda other: np.abs(frames * 255 - other.render(NATIVE_SIZE)).mean())
+    assert nearest == scene
+
+
+def test_the_lesson_holds_nothing_that_is_shown() -> None:
+    scenes = lesson(42)
+    assert len(set(scenes)) == 24 and not set(SHOWN) & set(scenes)
+    assert lesson(42) == scenes != lesson(43)
