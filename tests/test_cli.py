@@ -198,6 +198,7 @@ def test_demo_ends_with_the_lora_the_videos_and_the_report(
 
     monkeypatch.setattr(cli_module, "main", run_shortened)
     monkeypatch.setattr(cogvideox_factory.demo, "NUM_CLIPS", 8)
+    monkeypatch.setattr(cogvideox_factory.demo, "SHOWN", SHOWN[:1])
     code, _, messages = cli("demo", "--output_dir", tmp_path / "demo")
     assert code == 0 and shortened == few.keys()
     assert_demo_ended(messages)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import CogVideoXPipeline
+from safetensors.torch import load_file
 
 from cogvideox_factory.demo import SHOWN, lesson
 from cogvideox_factory.demo.learned_model import FOLDER, MAX_TEXT_TOKENS, build_pipeline, build_vae, copy_learned_model
@@ -28,8 +29,14 @@ def learned(tmp_path_factory: pytest.TempPathFactory) -> CogVideoXPipeline:
 
 def test_it_is_small_and_in_half_precision() -> None:
     assert sum(path.stat().st_size for path in FOLDER.rglob("*") if path.is_file()) < 5.3e6
-    stored = CogVideoXPipeline.from_pretrained(FOLDER)
-    assert {stored.transformer.dtype, stored.vae.dtype, stored.text_encoder.dtype} == {torch.float16}
+    for part in ("transformer", "vae"):  # of the text encoder transformers keeps some in fp32
+        stored = load_file(FOLDER / part / "diffusion_pytorch_model.safetensors")
+        assert len(stored) > 100 and {tensor.dtype for tensor in stored.values()} == {torch.float16}
+
+
+def test_it_tells_nothing_of_the_machine_that_made_it() -> None:
+    texts = [path.read_text() for path in FOLDER.rglob("*.json")]
+    assert texts and not any("_name_or_path" in text for text in texts)
 
 
 def test_the_scripts_build_what_ships(learned: CogVideoXPipeline) -> None:

@@ -66,7 +66,7 @@ def main() -> None:
     learned = root / "learned"
     shutil.rmtree(learned, ignore_errors=True)
     CogVideoXPipeline.from_pretrained(start, torch_dtype=torch.float16).save_pretrained(learned)
-    for path in learned.glob("*/config.json"):  # which say on which machine they lay
+    for path in (learned / "model_index.json", *learned.glob("*/config.json")):  # which say on which machine they lay
         config = json.loads(path.read_text())
         config.pop("_name_or_path", None)
         path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
