@@ -27,6 +27,13 @@ def test_distances_are_mean_differences_of_pixels(row: BeforeAfter) -> None:
     assert row.distances == pytest.approx(((190 + 0 + 240) / 3, (0 + 190 + 240) / 3))
 
 
+def test_the_distance_of_nothing_is_that_of_the_background() -> None:
+    target = plain((10, 8, 22))
+    target[:, :8] = (110, 108, 122)  # a quarter of the picture
+    row = BeforeAfter("a caption", target, target, target)
+    assert row.distance_of_nothing == pytest.approx(25)
+
+
 def test_a_video_is_read_whole_at_its_own_size(tmp_path: Path) -> None:
     frames = np.stack([np.full((HEIGHT, WIDTH, 3), 40 * index, np.uint8) for index in range(FRAMES)])
     write_video(tmp_path / "x.mp4", frames, 8)

@@ -62,8 +62,11 @@ def test_its_autoencoder_gives_back_both_styles(learned: CogVideoXPipeline, styl
 
 
 def test_a_caption_gives_its_scene(learned: CogVideoXPipeline) -> None:
-    """The nearest scene has the colour, the motion and the background that were asked for."""
-    scene = SHOWN[1]
+    """The nearest scene has the motion and the background that were asked for; its shapes are soft, see figures.json.
+
+    The first of those shown was held out of its training.
+    """
+    scene = SHOWN[0]
     frames = learned(
         scene.caption,
         num_inference_steps=20,
@@ -71,9 +74,9 @@ def test_a_caption_gives_its_scene(learned: CogVideoXPipeline) -> None:
         generator=torch.Generator().manual_seed(1),
         output_type="np",
     ).frames[0]
-    scenes = [other for other in all_scenes() if other.shape == scene.shape]
+    scenes = [other for other in all_scenes() if other.colour == scene.colour]
     nearest = min(scenes, key=lambda other: np.abs(frames * 255 - other.render(NATIVE_SIZE)).mean())
-    assert nearest == scene
+    assert (nearest.motion, nearest.background) == (scene.motion, scene.background)
 
 
 def test_the_lesson_holds_nothing_that_is_shown() -> None:

@@ -99,7 +99,8 @@ def _compare(root: Path, run: Path) -> Path:
     for number, scene in enumerate(SHOWN):
         base, tuned = (read_all(folder / f"prompt-{number:02}-video-0.mp4") for folder in (before, after))
         rows.append(BeforeAfter(scene.caption, base, tuned, scene.render(NATIVE_SIZE, STYLE)))
-        logger.info("     base %6.1f → fine-tuned %6.1f   %s", *rows[-1].distances, scene.caption)
+        distances = (*rows[-1].distances, rows[-1].distance_of_nothing)
+        logger.info("     base %6.1f → fine-tuned %6.1f (an empty night: %.1f)   %s", *distances, scene.caption)
     picture = root / "before-after.gif"
     write_animation(picture, rows, FPS)
     return picture
@@ -122,5 +123,5 @@ def _empty_folder(root: Path) -> None:
         (root / MARKER).touch()
     except OSError as error:
         raise UserError(
-            f"--output_dir {root}: cannot be written to ({error.strerror}); choose another folder"
+            f"--output_dir {root}: cannot be written to ({error.strerror or error}); choose another folder"
         ) from error

@@ -32,6 +32,11 @@ class BeforeAfter:
         """Of base and fine-tuned from the target: mean absolute differences of pixels, from 0 to 255."""
         return distance(self.base, self.target), distance(self.tuned, self.target)
 
+    @property
+    def distance_of_nothing(self) -> float:
+        """Of the target's background alone: what is nearer has painted something of the target."""
+        return distance(np.broadcast_to(np.median(self.target, (0, 1, 2)), self.target.shape), self.target)
+
 
 def distance(video: np.ndarray, other: np.ndarray) -> float:
     return float(np.abs(video.astype(np.float32) - other).mean())

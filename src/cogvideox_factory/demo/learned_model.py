@@ -5,12 +5,12 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from cogvideox_factory.data.files import write_durably
 from cogvideox_factory.demo.tiny_model import build_tiny_pipeline
 from cogvideox_factory.demo.world import NATIVE_SIZE
 
@@ -57,4 +57,6 @@ def build_pipeline(seed: int, vae: Any):
 
 def copy_learned_model(folder: Path) -> None:
     """Write the pipeline that has learned to a folder, where stock diffusers loads it."""
-    shutil.copytree(FOLDER, folder)
+    for path in sorted(FOLDER.rglob("*")):
+        if path.is_file():  # without its mode: an installation may be read-only, the copy is not
+            write_durably(folder / path.relative_to(FOLDER), path.read_bytes())
