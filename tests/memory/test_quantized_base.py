@@ -70,9 +70,10 @@ def fp8_by_search(weight: np.ndarray) -> np.ndarray:
 
 
 def nf4_by_bitsandbytes(weight: torch.Tensor) -> torch.Tensor:
-    content, state = quantize_4bit(weight, blocksize=64, quant_type="nf4")
+    """In rows of one block: it takes wrong scales of others on some CPUs."""
+    content, state = quantize_4bit(weight.reshape(-1, 64), blocksize=64, quant_type="nf4")
     state.absmax = state.absmax.bfloat16().float()
-    return dequantize_4bit(content, state)
+    return dequantize_4bit(content, state).reshape(weight.shape)
 
 
 @pytest.mark.parametrize("dtype", TYPES)

@@ -17,6 +17,7 @@ bitsandbytes only the two operations are taken that make nf4 of a weight and a w
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -125,7 +126,12 @@ def _to_nf4(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 def _from_nf4(parts: tuple[torch.Tensor, ...], shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
     content, absmax = parts
-    return torch.ops.bitsandbytes.dequantize_4bit(content, absmax.float(), NF4_BLOCK, "nf4", shape, dtype)
+    # As rows of one block where they are whole: of rows that are no multiple of it, bitsandbytes 0.50.2 takes the wrong
+    # scales on some CPUs.
+    size = math.prod(shape)
+    rows = shape if size % NF4_BLOCK else (size // NF4_BLOCK, NF4_BLOCK)
+    weight = torch.ops.bitsandbytes.dequantize_4bit(content, absmax.float(), NF4_BLOCK, "nf4", rows, dtype)
+    return weight.reshape(shape)
 
 
 FORMATS = {
