@@ -17,11 +17,12 @@ import numpy as np
 from cogvideox_factory.data.video import write_video
 from cogvideox_factory.demo.world import FPS, Scene
 
-folder = Path(sys.argv[1])
+
 def render(colour, shape, motion):
     return Scene(colour, shape, motion, "dark").render()
 
 
+folder = Path(sys.argv[1])
 red, blue = render("red", "circle", "moving right"), render("blue", "square", "moving left")
 clips = {
     "landscape": (red, "a red circle moving right on a dark background"),

@@ -84,13 +84,23 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def few_clips(tmp_path_factory: pytest.TempPathFactory, clips: Path) -> Path:
+def first_clips(tmp_path_factory: pytest.TempPathFactory, clips: Path) -> Callable[[int], Path]:
+    """A data set of the first of them, as many as are asked for."""
+
+    def get(count: int) -> Path:
+        folder = tmp_path_factory.mktemp(f"{count}-clips")
+        (folder / "videos").symlink_to(clips / "videos")
+        for name in ("prompts.txt", "videos.txt"):
+            (folder / name).write_text("".join((clips / name).read_text().splitlines(keepends=True)[:count]))
+        return folder
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def few_clips(first_clips: Callable[[int], Path]) -> Path:
     """The first two of them."""
-    folder = tmp_path_factory.mktemp("few-clips")
-    (folder / "videos").symlink_to(clips / "videos")
-    for name in ("prompts.txt", "videos.txt"):
-        (folder / name).write_text("".join((clips / name).read_text().splitlines(keepends=True)[:2]))
-    return folder
+    return first_clips(2)
 
 
 @pytest.fixture

@@ -90,13 +90,9 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, few
 
 
 @pytest.fixture(scope="module")
-def more_clips(tmp_path_factory: pytest.TempPathFactory, clips: Path) -> Path:
+def more_clips(first_clips: Callable[[int], Path]) -> Path:
     """Eight clips, of which some can be held out."""
-    folder = tmp_path_factory.mktemp("more-clips")
-    (folder / "videos").symlink_to(clips / "videos")
-    for name in ("prompts.txt", "videos.txt"):
-        (folder / name).write_text("".join((clips / name).read_text().splitlines(keepends=True)[:8]))
-    return folder
+    return first_clips(8)
 
 
 @pytest.fixture

@@ -27,7 +27,6 @@ from cogvideox_factory.demo.world import NATIVE_SIZE, SHAPES, STYLES, Pose, Size
 PHASES = {"pictures": ((1, 32, 48), 24), "crops": ((9, 32, 48), 4), "clips": ((9, 64, 96), 2)}
 KL_WEIGHT = 1e-4
 LATENT_NOISE = 0.05  # standard deviations, so that what a transformer gets slightly wrong is decoded all the same
-BETAS = (0.9, 0.99)
 SAVE_EVERY = 250
 
 
@@ -44,7 +43,7 @@ def main() -> None:
 
     torch.manual_seed(arguments.seed)
     vae = build_vae().train()
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=arguments.learning_rate, betas=BETAS, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=arguments.learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
     total = sum(arguments.steps)
     state_file = arguments.output / "state.pt"
     step = 0
@@ -58,7 +57,6 @@ def main() -> None:
     while step < total:
         for group in optimizer.param_groups:
             group["lr"] = arguments.learning_rate * share_of_rate(step / total)
-            group["betas"] = BETAS
         phase = np.searchsorted(np.cumsum(arguments.steps), step, side="right")
         size, batch = list(PHASES.values())[phase]
         clips = to_tensor(random_clips(np.random.default_rng((arguments.seed, step)), batch, size))
@@ -99,7 +97,8 @@ def share_of_rate(progress: float) -> float:
 def finish(vae, seed: int) -> dict[str, float]:
     """Set the scaling factor, with which latents of the demo's world have a deviation of one, and measure the errors.
 
-    Errors are mean absolute differences of pixels from 0 to 255, of whole clips in fp32 that were not trained on.
+    Errors are mean absolute differences of pixels from 0 to 255, of whole clips in fp32. Training drew its excerpts
+    from the same scenes: they say how sharp it is, not how it generalises.
     """
     chosen = np.random.default_rng((seed, 1, 1)).choice(len(all_scenes()), 24, replace=False)
     scenes = [all_scenes()[index] for index in chosen]
@@ -111,7 +110,8 @@ def finish(vae, seed: int) -> dict[str, float]:
             latents = vae.encode(clip).latent_dist.mode()
             decoded = vae.decode(latents).sample.clamp(-1, 1)
             errors.append(l1_loss(decoded, clip).item() * 127.5)
-            world += [latents] if style == "flat" else []
+            if style == "flat":
+                world.append(latents)
         figures[f"{style}: error of pixels, of 255"] = round(float(np.mean(errors)), 2)
     deviation = torch.cat(world).std().item()
     vae.register_to_config(scaling_factor=round(1 / deviation, 4))

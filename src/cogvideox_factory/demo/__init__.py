@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from cogvideox_factory.config import Demo, MessageOptions, UserError
-from cogvideox_factory.demo.world import Scene
+from cogvideox_factory.demo.world import FPS, NATIVE_SIZE, Scene, all_scenes, render_clips
 
 MARKER = ".cogvideox-factory-demo"
 STYLE, NUM_CLIPS = "neon", 24
@@ -33,7 +33,6 @@ def run(options: Demo, command: Callable[[Sequence[str]], int]) -> None:
     fails.
     """
     from cogvideox_factory.demo.learned_model import copy_learned_model
-    from cogvideox_factory.demo.world import NATIVE_SIZE, render_clips
 
     root = options.output_dir
     _empty_folder(root)
@@ -82,8 +81,6 @@ def run(options: Demo, command: Callable[[Sequence[str]], int]) -> None:
 
 def lesson(seed: int) -> list[Scene]:
     """The scenes that the LoRA is trained on, none of those that are shown."""
-    from cogvideox_factory.demo.world import all_scenes
-
     scenes = [scene for scene in all_scenes() if scene not in SHOWN]
     return random.Random(seed).sample(scenes, NUM_CLIPS)
 
@@ -91,7 +88,6 @@ def lesson(seed: int) -> list[Scene]:
 def _compare(root: Path, run: Path) -> Path:
     """Say the distances of the videos of before and after the training, and draw them beside what was to be learned."""
     from cogvideox_factory.demo.before_after import BeforeAfter, read_all, write_animation
-    from cogvideox_factory.demo.world import FPS, NATIVE_SIZE
     from cogvideox_factory.run_folder import step_folders
 
     before, *_, after = step_folders(run / "validation")

@@ -82,7 +82,8 @@ SHAPES: dict[str, Callable[[Array, Array], Array]] = {
 }
 ROUND = ("circle", "ring")  # which nobody sees turning
 
-# --- styles: from the distance to the edge in 64ths of the picture's height, colour and background to pixels ---
+# --- styles: from the distance to the edge in 64ths of the picture's height, (height, width), and the colours of shape
+# and background, (3,), to pixels from 0 to 255, (height, width, 3) ---
 
 
 def flat(distance: Array, colour: Array, background: Array) -> Array:
