@@ -31,7 +31,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--vae", type=Path, required=True, help="folder that train_vae.py wrote")
     parser.add_argument("--output", type=Path, required=True, help="folder of everything; a second call goes on")
-    parser.add_argument("--steps", type=int, nargs=2, default=(2600, 3600), help="with a batch of 32, then of 16")
+    parser.add_argument("--steps", type=int, default=10000)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     root: Path = arguments.output
@@ -48,34 +48,27 @@ def main() -> None:
         if not (root / name / "prompts.txt").exists():
             render_clips(root / name, part, NATIVE_SIZE)
         call("prepare", *base, "--data_root", root / name, "--output_dir", root / f"prepared-{name}")
-    start: Path = model
-    for number, (steps, batch_size, rate) in enumerate(zip(arguments.steps, (32, 16), ("1.5e-3", "1e-3"), strict=True)):
-        run = root / f"run-{number + 1}"
-        call(
-            *("train", "--pretrained_model_name_or_path", start, "--training_type", "sft", "--output_dir", run),
-            *("--load_tensors", "--data_root", root / "prepared-trained", "--seed", str(arguments.seed + number)),
-            *("--validation_data_root", root / "prepared-held-out", "--validation_loss_steps", "500"),
-            *("--max_train_steps", str(steps), "--train_batch_size", str(batch_size), "--ema_decay", "0.998"),
-            *("--learning_rate", rate, "--lr_scheduler", "cosine", "--lr_warmup_steps", "100"),
-            *("--checkpointing_steps", "500", "--checkpoints_total_limit", "2", "--resume_from_checkpoint", "latest"),
-            *("--validation_prompt", ":::".join(scene.caption for scene in held_out[:4]), "--validation_steps", "1000"),
-            *("--num_inference_steps", str(INFERENCE_STEPS), "--guidance_scale", str(GUIDANCE_SCALE)),
-        )
-        start = run
+    run = root / "run"
+    call(
+        *("train", *base, "--training_type", "sft", "--output_dir", run, "--seed", str(arguments.seed)),
+        *("--load_tensors", "--data_root", root / "prepared-trained"),
+        *("--validation_data_root", root / "prepared-held-out", "--validation_loss_steps", "1000"),
+        *("--max_train_steps", str(arguments.steps), "--train_batch_size", "16", "--ema_decay", "0.998"),
+        *("--learning_rate", "4e-3", "--lr_scheduler", "cosine", "--lr_warmup_steps", "200"),
+        *("--checkpointing_steps", "1000", "--checkpoints_total_limit", "2", "--resume_from_checkpoint", "latest"),
+        *("--validation_prompt", ":::".join(scene.caption for scene in held_out[:4]), "--validation_steps", "5000"),
+        *("--num_inference_steps", str(INFERENCE_STEPS), "--guidance_scale", str(GUIDANCE_SCALE)),
+    )
 
     learned = root / "learned"
     shutil.rmtree(learned, ignore_errors=True)
-    CogVideoXPipeline.from_pretrained(start, torch_dtype=torch.float16).save_pretrained(learned)
+    CogVideoXPipeline.from_pretrained(run, torch_dtype=torch.float16).save_pretrained(learned)
     for path in (learned / "model_index.json", *learned.glob("*/config.json")):  # which say on which machine they lay
         config = json.loads(path.read_text())
         config.pop("_name_or_path", None)
         path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     pipeline = CogVideoXPipeline.from_pretrained(learned, torch_dtype=torch.float32)
-    losses = [
-        json.loads(line)["loss"]
-        for run in ("run-1", "run-2")
-        for line in (root / run / "validation_loss.jsonl").read_text().splitlines()
-    ]
+    losses = [json.loads(line)["loss"] for line in (run / "validation_loss.jsonl").read_text().splitlines()]
     figures = {
         "autoencoder": json.loads((arguments.vae / "figures.json").read_text()),
         "steps": arguments.steps,

@@ -26,7 +26,7 @@ COLOURS = {
     "cyan": (60, 200, 210),
 }
 BACKGROUNDS = {"dark": (24, 26, 32), "light": (232, 228, 220), "brown": (110, 76, 50), "grey": (120, 122, 128)}
-RADIUS, TRAVEL = 0.2, 0.35  # of the picture's height; of its height or width, either side of the middle
+RADIUS, TRAVEL = 0.26, 0.25  # of the picture's height; of its height or width, either side of the middle
 
 Size = tuple[int, int, int]
 Array = np.ndarray
@@ -48,8 +48,8 @@ MOTIONS: dict[str, Callable[[float], Pose]] = {
     "moving right": lambda progress: Pose(right=2 * TRAVEL * progress),
     "moving up": lambda progress: Pose(down=-2 * TRAVEL * progress),
     "moving down": lambda progress: Pose(down=2 * TRAVEL * progress),
-    "growing": lambda progress: Pose(scale=1.1 + 1.2 * progress),
-    "shrinking": lambda progress: Pose(scale=1.1 - 1.2 * progress),
+    "growing": lambda progress: Pose(scale=1.0 + progress),
+    "shrinking": lambda progress: Pose(scale=1.0 - progress),
     "turning": lambda progress: Pose(turn=np.pi * (progress + 0.5)),
 }
 
