@@ -209,3 +209,13 @@ def test_the_commands_of_the_guide_to_data_sets_give_what_it_shows(
     listed = re.findall(r"^  (\w[\w.]*)/? ", text[text.index("runs/demo/prepared/\n") :].split("```")[0], re.MULTILINE)
     missing = {name for name in listed if not (tmp_path / "runs/demo/prepared" / name).exists()}
     assert missing == {"images"}  # only image-to-video models have them
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_the_map_of_the_source_leaves_nothing_out(name: str) -> None:
+    source = ROOT / "src/cogvideox_factory"
+    tree = re.findall(r"```\n(src/cogvideox_factory/.*?)```", (ROOT / name).read_text(), re.DOTALL)[0]
+    shown = set(re.findall(r"\b\w+(?:\.py|/)", tree))
+    there = {f"{path.name}/" for path in source.iterdir() if (path / "__init__.py").exists()}
+    there |= {path.name for path in source.glob("*.py") if not path.name.startswith("__")}
+    assert there and there <= shown, there - shown
