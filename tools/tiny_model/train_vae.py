@@ -34,7 +34,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--output", type=Path, required=True, help="folder of the autoencoder")
     parser.add_argument(
-        "--steps", type=int, nargs=3, default=(1500, 3000, 1500), metavar=tuple(PHASES), help="of each phase"
+        "--steps", type=int, nargs=3, default=(1500, 3000, 3000), metavar=tuple(PHASES), help="of each phase"
     )
     parser.add_argument("--learning_rate", type=float, default=2e-3, help="highest: it rises, and falls as a cosine")
     parser.add_argument("--seed", type=int, default=0)
