@@ -250,6 +250,9 @@ def overview() -> str:
             "",
             "`cogvideox-factory COMMAND --help` explains the options of a command.",
             f"Version {__version__}.",
+            "",
+            "Example:",
+            "  cogvideox-factory demo",
         ]
     )
 
