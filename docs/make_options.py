@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import re
 import typing
 from collections.abc import Iterator
 from pathlib import Path
@@ -47,8 +48,8 @@ def _groups_of(command: str, command_class: type) -> Iterator[tuple[str, type]]:
     hints = typing.get_type_hints(command_class)
     for item in dataclasses.fields(command_class):
         if dataclasses.is_dataclass(hints[item.name]):
-            name = hints[item.name].__name__.removesuffix("Options")
-            yield f"{name} options", hints[item.name]
+            words = re.findall(r"[A-Z][a-z]+", hints[item.name].__name__)  # the last of which is Options
+            yield " ".join(words).capitalize(), hints[item.name]
     yield f"Of `{command}` alone", command_class
 
 
@@ -56,9 +57,9 @@ def _options_of(group_class: type) -> Iterator[Option]:
     hints = typing.get_type_hints(group_class, include_extras=True)
     for item in dataclasses.fields(group_class):
         arguments = [part for part in _metadata(hints[item.name]) if hasattr(part, "help_behavior_hint")]
-        if not arguments:  # a group within a command
+        help_text = next((part.help for part in arguments if part.help), None)
+        if help_text is None:  # a group within a command
             continue
-        help_text = next(part.help for part in arguments if part.help)
         aliases = tuple(alias for part in arguments for alias in part.aliases or ())
         yield Option(item.name, aliases, _spell(item.default), help_text)
 

@@ -39,6 +39,7 @@ def test_help_lists_every_command(cli: Cli) -> None:
     for flag in ((), ("--help",), ("help",)):
         code, output, _ = cli(*flag)
         assert code == 0 and all(f"  {name}" in output for name in COMMANDS)
+        assert output.endswith("\nExample:\n  cogvideox-factory demo\n")
 
 
 @pytest.mark.parametrize("command", COMMANDS)

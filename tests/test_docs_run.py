@@ -115,7 +115,7 @@ def place(
     link(folder / "runs/demo/clips", few_clips)
     link(folder / "runs/demo/model", tiny_model)
     link(folder / "runs/demo/prepared", prepared_folder)
-    for name in ("steamboat", "rank-16", "rank-64"):
+    for name in ("steamboat", "style", "rank-16", "rank-64"):
         run = shutil.copytree(finished_run, folder / "runs" / name)
         config = run / "config.yaml"
         config.write_text(config.read_text().replace(str(finished_run), f"runs/{name}"))

@@ -73,3 +73,46 @@ def test_a_command_that_fails_says_so_in_json_too(cli: Cli, tmp_path: Path, monk
     assert code == 1 and "KeyError" in json.loads(shown)["traceback"]
     code, _, shown = cli("report", "--run", tmp_path / "none", "--log_level", "loud")
     assert code == 2 and not shown.startswith("{")  # text again
+
+
+UNKNOWN = (
+    "Unrecognized options: --hegiht_buckets, 3\n"
+    "Perhaps you meant: --height_buckets [INT [INT ...]] Heights to train on, in pixels. "
+)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("sample", "--log_format", "json"), [("error", "--prompt is missing. Example: ")]),
+        (("trian", "--log_format=json"), [("error", "unknown command trian; did you mean train?")]),
+        (("train", "--hegiht_buckets", "3", "--log_format", "json"), [("error", UNKNOWN)]),
+        (("train", "--log-format=json", "--rank", "x"), [("error", "Error parsing --rank: invalid literal for int()")]),
+        (("train", "--log_format", "json", "--log_level", "loud"), [("error", "invalid choice 'loud' for argument")]),
+        (
+            ("train", "--log_format", "json", "--use_slicing"),
+            [("info", "--use_slicing is no longer needed: "), ("error", "--pretrained_model_name_or_path is missing")],
+        ),
+        (
+            ("train", "--log_format=json", "--use_slicing", "--log_level=warning"),
+            [("error", "--pretrained_model_name_or_path is missing")],
+        ),
+    ],
+)
+def test_what_is_wrong_with_the_flags_is_told_in_json_too(
+    cli: Cli, arguments: tuple[str, ...], expected: list[tuple[str, str]]
+) -> None:
+    code, output, shown = cli(*arguments)
+    lines = [json.loads(line) for line in shown.splitlines()]
+    assert code == 2 and not output and len(lines) == len(expected)
+    for line, (level, start) in zip(lines, expected, strict=True):
+        assert line["level"] == level and line["message"].startswith(start)
+        assert not set("│─╭╮╰╯\x1b") & set(line["message"])
+
+
+def test_a_file_of_options_may_ask_for_json_and_a_flag_for_text_again(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("log_format: json\n")
+    flags = ("train", "--config", tmp_path / "recipe.yaml", "--rank", "x")
+    assert json.loads(cli(*flags)[2])["message"].startswith("Error parsing --rank")
+    assert "│ Error parsing --rank" in cli(*flags, "--log_format", "text")[2]
+    assert "│ Error parsing --rank" in cli("train", "--rank", "x")[2]

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from cogvideox_factory import __version__, messages
-from cogvideox_factory.command_line import overview, parse_command, print_error
+from cogvideox_factory.command_line import configure_messages, overview, parse_command, print_error
 from cogvideox_factory.config import (
     COMMANDS,
     Demo,
@@ -54,16 +54,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if name == "--version":
         print(__version__)
         return 0
+    configure_messages(arguments)
     if name not in COMMANDS:
         print_error(f"unknown command {name}{nearest(name, list(COMMANDS))}; the commands: {', '.join(COMMANDS)}")
         return EXIT_USER_ERROR
-    messages.configure()
     return run_guarded(lambda: run_command(name, arguments[1:]))
 
 
 def run_command(name: str, arguments: Sequence[str]) -> None:
     options = parse_command(COMMANDS[name], name, arguments)
-    messages.configure(options.messages.log_level, options.messages.log_format)
     with contextlib.nullcontext() if options.messages.log_level == "debug" else quiet_libraries():
         RUN[name](options)
 

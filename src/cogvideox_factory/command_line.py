@@ -10,7 +10,8 @@ import contextlib
 import difflib
 import inspect
 import io
-import sys
+import logging
+import re
 import types
 import typing
 from collections.abc import Iterator, Sequence
@@ -23,6 +24,7 @@ from cogvideox_factory import __version__, messages
 from cogvideox_factory.config import (
     COMMANDS,
     NEEDLESS,
+    MessageOptions,
     UserError,
     nearest,
     option_values,
@@ -32,22 +34,26 @@ from cogvideox_factory.config import (
 from cogvideox_factory.redaction import without_secrets
 
 AnyCommand = TypeVar("AnyCommand")
+logger = logging.getLogger(__name__)
 
 
 def parse_command(command_class: type[AnyCommand], name: str, arguments: Sequence[str]) -> AnyCommand:
     """Options of a command from its flags: a flag wins over the YAML of --config, which wins over the default.
 
     Raises UserError for a YAML file that cannot be used, a value that fails its check, or a required option that is
-    missing; exits with code 2 and a message for flags that cannot be parsed.
+    missing; exits with code 2 and a message for flags that cannot be parsed. Messages are from now on as the options
+    ask for.
     """
     arguments, yaml_file = _take_config_flag(list(arguments))
     first = getattr(command_class, "first_option", None)
     if first and arguments and not arguments[0].startswith("-"):  # RUN_A RUN_B is --run RUN_A RUN_B
         arguments = [f"--{first}", *arguments]
-    arguments = _drop_needless(arguments, NEEDLESS.get(command_class, {}))
     from_yaml = _flags_from_yaml(yaml_file, command_class) if yaml_file else []
+    configure_messages([*from_yaml, *arguments])
+    arguments = _drop_needless(arguments, NEEDLESS.get(command_class, {}))
     try:
-        options = _parse(command_class, name, [*from_yaml, *arguments])
+        with _told_as_error() if messages.are_json() else contextlib.nullcontext():
+            options = _parse(command_class, name, [*from_yaml, *arguments])
     except SystemExit as exit_request:
         if not exit_request.code:  # after --help: where a long text ends, one sees the example first
             print(f"Example:\n  {getattr(command_class, 'example', '')}")
@@ -59,6 +65,41 @@ def parse_command(command_class: type[AnyCommand], name: str, arguments: Sequenc
             raise UserError(f"--{required} is missing. Example: {example}")
     _check_values(options)
     return options
+
+
+def configure_messages(arguments: Sequence[str]) -> None:
+    """Have messages as these flags ask for, before the parser has read them: what it finds wrong is a message too.
+    Values that it will refuse are passed over."""
+    choices = {name: typing.get_args(hint) for name, hint in typing.get_type_hints(MessageOptions).items()}
+    chosen = option_values(MessageOptions())
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        flag, equals, value = argument.partition("=")
+        name = flag.removeprefix("--").replace("-", "_")
+        value = value if equals else following
+        if flag.startswith("--") and value in choices.get(name, ()):
+            chosen[name] = value
+    messages.configure(chosen["log_level"], chosen["log_format"])
+
+
+@contextlib.contextmanager
+def _told_as_error() -> Iterator[None]:
+    """What the parser says on standard error before it exits becomes a UserError, whose message is told as all others
+    are."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            yield
+    except SystemExit as exit_request:
+        if not exit_request.code:
+            raise
+        raise UserError(_without_box(said.getvalue())) from None
+
+
+def _without_box(text: str) -> str:
+    """What stands in a box that tyro drew, a line for each of its parts, without the title and colours."""
+    _, *lines = re.sub(r"\x1b\[[\d;]*m", "", text).splitlines()
+    inner = "\n".join("" if re.fullmatch(r"[\s│╰╯─-]*", line) else line.strip("│ ") for line in lines)
+    return "\n".join(" ".join(part.split()) for part in re.split(r"\n{2,}", inner.strip()))
 
 
 def _parse(command_class: type[AnyCommand], name: str, arguments: list[str]) -> AnyCommand:
@@ -133,7 +174,7 @@ def _drop_needless(arguments: list[str], needless: dict[str, str]) -> list[str]:
             name = argument[2:].partition("=")[0]
             is_dropping = name in needless
             if is_dropping:
-                print(f"--{name} is no longer needed: {needless[name]}", file=sys.stderr)
+                logger.info("--%s is no longer needed: %s", name, needless[name])
         if not is_dropping:
             kept.append(argument)
     return kept
@@ -209,6 +250,9 @@ def overview() -> str:
             "",
             "`cogvideox-factory COMMAND --help` explains the options of a command.",
             f"Version {__version__}.",
+            "",
+            "Example:",
+            "  cogvideox-factory demo",
         ]
     )
 

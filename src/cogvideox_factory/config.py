@@ -137,7 +137,7 @@ def option_group(cls: type[OptionGroup]) -> type[OptionGroup]:
 
 @option_group
 class ModelOptions:
-    """Which CogVideoX checkpoint to work on."""
+    """Which CogVideoX model to work on."""
 
     pretrained_model_name_or_path: Annotated[Text, tyro.conf.arg(aliases=["--model_id"])] = None
     """The base model: a name on the Hugging Face Hub, such as THUDM/CogVideoX-5b, or a folder that
@@ -173,7 +173,7 @@ class DataOptions:
     """A word put before every caption, by which the trained model is later called."""
     frame_buckets: Annotated[tuple[int, ...], AtLeast(1)] = ()
     """Numbers of frames to train on, each a multiple of 8 or one more (48, 49). A clip goes to the largest that it
-    fills. Default: the checkpoint's."""
+    fills. Default: the model's."""
     frame_extraction: Literal["head", "center", "uniform", "slide"] = "head"
     """Which frames of a longer clip are used. head: from its start. center: around its middle. uniform:
     --num_excerpts excerpts, evenly spread. slide: an excerpt every --excerpt_stride frames. Each excerpt counts as
@@ -184,13 +184,13 @@ class DataOptions:
     """Frames, at the training rate, from one excerpt to the next with slide. Default: the length of an excerpt, so
     that none overlap."""
     height_buckets: Annotated[tuple[int, ...], AtLeast(16)] = ()
-    """Heights to train on, in pixels. Default: the checkpoint's native height."""
+    """Heights to train on, in pixels. Default: the model's native height."""
     width_buckets: Annotated[tuple[int, ...], AtLeast(16)] = ()
-    """Widths to train on, in pixels. Every height is combined with every width. Default: the checkpoint's native
+    """Widths to train on, in pixels. Every height is combined with every width. Default: the model's native
     width."""
     fps: Rate = None
     """Frames a second that clips are resampled to by their time stamps, so that they keep their speed. Default: the
-    checkpoint's (8 for CogVideoX 1.0, 16 for 1.5)."""
+    model's (8 for CogVideoX 1.0, 16 for 1.5)."""
     max_num_frames: Count = None
     """Make no excerpt longer than this, even where a clip fills a larger bucket."""
     skip_frames_start: Annotated[int, AtLeast(0)] = 0
@@ -207,7 +207,8 @@ class DataOptions:
     num_decode_workers: Annotated[int, AtLeast(0), tyro.conf.arg(aliases=["--num_decode_threads"])] = 2
     """Processes that decode clips ahead of the encoder. 0: decode in the program's own process."""
     strict: bool = False
-    """A clip that cannot be used ends the command with exit code 2, instead of being named and skipped."""
+    """A clip that cannot be used ends the command with exit code 2, instead of being named and skipped. With
+    `inspect`, any problem does, once all is shown."""
 
 
 @option_group
@@ -223,9 +224,9 @@ class EncodingOptions(TextEncoderOptions):
     """How clips become latents (what the VAE compresses a video to) and captions become embeddings."""
 
     max_sequence_length: Count = None
-    """Tokens (words, or pieces of them) of a caption that the text encoder reads. Default: the checkpoint's (226)."""
+    """Tokens (words, or pieces of them) of a caption that the text encoder reads. Default: the model's (226)."""
     dtype: Precision = None
-    """Precision of the VAE and the text encoder. Default: the checkpoint's own on a GPU, fp32 on a CPU."""
+    """Precision of the VAE and the text encoder. Default: the model's own on a GPU, fp32 on a CPU."""
     use_tiling: bool = False
     """Let the VAE work tile by tile: much less memory, slightly different latents at the seams."""
     num_image_draws: Annotated[int, AtLeast(1)] = 4
@@ -292,7 +293,7 @@ class TrainingOptions:
     """Optimizer steps (updates of the weights) in all. Default: what --num_train_epochs takes."""
     mixed_precision: Annotated[Literal["no", "fp16", "bf16"] | None, tyro.conf.arg(metavar="{no,fp16,bf16}")] = None
     """Precision of the model; noise and loss are always fp32; a LoRA's weights are, unless --trainable_dtype is bf16.
-    no: fp32. Default: the checkpoint's own type on a GPU (with sft, bf16 where that is fp16), fp32 on a CPU."""
+    no: fp32. Default: the model's own type on a GPU (with sft, bf16 where that is fp16), fp32 on a CPU."""
     drop_last: bool = False
     """Leave out the clips of a bucket that do not fill a batch, anew in each epoch. Default: they make a smaller
     batch, so that every clip is seen once an epoch."""
@@ -586,7 +587,7 @@ class Inspect:
     data: DataOptions = field(default_factory=DataOptions)
     messages: MessageOptions = field(default_factory=MessageOptions)
     max_sequence_length: Count = None
-    """Tokens (words, or pieces of them) of a caption that the text encoder reads. Default: the checkpoint's (226)."""
+    """Tokens (words, or pieces of them) of a caption that the text encoder reads. Default: the model's (226)."""
     output_dir: Path = Path("runs/inspect")
     """Folder for contact_sheet.png, contact_sheet.html and inspection.json."""
     num_rows: Annotated[int, AtLeast(1)] = 40
@@ -642,7 +643,7 @@ class Train:
     objective: ObjectiveOptions = field(default_factory=ObjectiveOptions)
     optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
     validation: ValidationOptions = field(default_factory=ValidationOptions)
-    held_out: HeldOutOptions = field(default_factory=HeldOutOptions)
+    held_out: Annotated[HeldOutOptions, tyro.conf.arg(name="held out")] = field(default_factory=HeldOutOptions)
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
     tracking: TrackingOptions = field(default_factory=TrackingOptions)
     hub: HubOptions = field(default_factory=HubOptions)
@@ -688,12 +689,18 @@ class Plan(Train):
 
 @option_group
 class Sample:
-    """Make a video from a base model, from a base model with a LoRA, or from a training run."""
+    """Make a video from a base model, from a base model with a LoRA, or from a training run.
+
+    A LoRA is a small adapter that was trained beside the frozen base model. The VAE is the part of the model that turns
+    what the rest of it works on, the latents, into frames.
+    """
 
     model: ModelOptions = field(default_factory=ModelOptions)
     conditioning: ConditioningOptions = field(default_factory=ConditioningOptions)
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
-    text_encoder: TextEncoderOptions = field(default_factory=TextEncoderOptions)
+    text_encoder: Annotated[TextEncoderOptions, tyro.conf.arg(name="text encoder")] = field(
+        default_factory=TextEncoderOptions
+    )
     blocks: BlockOptions = field(default_factory=BlockOptions)
     messages: MessageOptions = field(default_factory=MessageOptions)
     prompt: Text = None
@@ -712,9 +719,9 @@ class Sample:
     lora: PathOption = None
     """A LoRA file, or a folder with pytorch_lora_weights.safetensors."""
     fps: Rate = None
-    """Frames a second of the mp4. Default: the run's, or the checkpoint's."""
+    """Frames a second of the mp4. Default: the run's, or the model's."""
     dtype: Precision = None
-    """Precision of the model. Default: the checkpoint's own on a GPU, fp32 on a CPU."""
+    """Precision of the model. Default: the model's own on a GPU, fp32 on a CPU."""
     seed: Annotated[int, Within(0, 2**63 - 1)] = 42
     """Seed of the first noise."""
     json: bool = False

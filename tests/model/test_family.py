@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
+import huggingface_hub
 import pytest
 import torch
 from diffusers import (
@@ -519,6 +520,29 @@ def test_hub_name_is_downloaded_with_revision_variant_and_cache_folder(
     assert (checkpoint.name, checkpoint.folder, checkpoint.variant) == (HUB_NAME, tiny_model, "fp16")
     assert not checkpoint.is_local
     assert checkpoint.transformer["num_layers"] == 4
+
+
+def test_a_download_is_told_before_it_starts_once_a_machine(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tiny_model: Path
+) -> None:
+    told: list[list[str]] = []  # by the time of each download
+
+    def download(*_: Any, **__: Any) -> str:
+        told.append(list(caplog.messages))
+        return str(tiny_model)
+
+    monkeypatch.setattr(DiffusionPipeline, "download", download)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    named = ModelOptions(pretrained_model_name_or_path=HUB_NAME)
+    with caplog.at_level("INFO"):
+        open_checkpoint(named)
+        open_checkpoint(named, with_weights=False)
+        open_folder(tiny_model)
+        monkeypatch.setenv("LOCAL_RANK", "1")
+        open_checkpoint(named)
+    start = f"download   {HUB_NAME} from the Hugging Face Hub, unless its cache here has it: "
+    lines = [f"{start}up to tens of gigabytes", f"{start}its configs, a few megabytes"]
+    assert told == [lines[:1], lines, lines] and caplog.messages == lines
 
 
 def test_a_folder_is_local_and_wins_over_the_hub(

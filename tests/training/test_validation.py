@@ -14,7 +14,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKLCogVideoX, CogVideoXPipeline
 
-from cogvideox_factory import sampling
+from cogvideox_factory import messages, progress, sampling
 from cogvideox_factory.config import (
     DataOptions,
     EncodingOptions,
@@ -188,6 +188,33 @@ def test_videos_from_the_saved_lora_are_made_once(
     assert validation.run_from_saved(2, CPU) is False
     assert make(validation_prompt=None).run_from_saved(4, CPU) is False
     assert len(written) == 2
+
+
+@pytest.mark.parametrize("of", ["memory", "memory of all processes", "what was saved"])
+def test_progress_is_that_of_the_denoising_steps_of_all_videos(
+    of: str,
+    make,
+    written: Written,
+    transformer: Any,
+    checkpoint: Checkpoint,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Trap: with one prompt, a bar that counts videos stands still to the end."""
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0)
+    validation = make()
+    save_lora(transformer, tmp_path / "run")
+    validation.encode_prompts(CPU)
+    messages.configure()
+    capfd.readouterr()
+    if of == "what was saved":
+        validation.run_from_saved(3, CPU)
+    else:
+        shared = {"is_shared": of != "memory"}
+        validation.run_in_memory(3, transformer, load_scheduler(checkpoint), torch.float32, CPU, **shared)
+    lines = [line.split(" [")[0] for line in capfd.readouterr().err.splitlines() if line.lower().startswith("videos")]
+    assert lines == [*(f"Videos of step 3  {done}/4" for done in (1, 2, 3, 4)), f"videos     {validation.folder(3)}"]
 
 
 @pytest.fixture

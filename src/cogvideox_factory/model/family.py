@@ -10,6 +10,8 @@ import dataclasses
 import functools
 import hashlib
 import json
+import logging
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,6 +23,7 @@ from safetensors import safe_open
 
 from cogvideox_factory.config import ConditioningOptions, ModelOptions, UserError
 
+logger = logging.getLogger(__name__)
 COMPONENTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
 KNOWN_LIBRARIES = ("diffusers", "transformers", None)  # None: of an optional part that is not there
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -250,6 +253,9 @@ def _download(name: str, options: ModelOptions, with_weights: bool) -> Path:
     from httpx2 import HTTPError
     from huggingface_hub import snapshot_download
 
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # once a machine, of which the processes wait for one download
+        size = "up to tens of gigabytes" if with_weights else "its configs, a few megabytes"
+        logger.info("download   %s from the Hugging Face Hub, unless its cache here has it: %s", name, size)
     try:
         if not with_weights:
             return Path(

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import PartialState
+from tqdm import tqdm
 
 from cogvideox_factory.config import Train
 from cogvideox_factory.data.buckets import Bucket
@@ -167,12 +168,13 @@ class Validation:
 
             transformer.eval()
             try:
-                if is_shared:
-                    made = [make(video) for video in self.videos]
-                    if PartialState().is_main_process:
-                        self._write(step, dict(zip(self.videos, made, strict=True)).__getitem__)
-                else:
-                    self._write(step, make)
+                with self._progress(step, pipeline) as bar:
+                    if is_shared:
+                        made = [make(video) for video in self.videos]
+                        if PartialState().is_main_process:
+                            self._write(step, dict(zip(self.videos, made, strict=True)).__getitem__, bar)
+                    else:
+                        self._write(step, make, bar)
             finally:
                 transformer.train(was_training)
                 pipeline.vae = None  # before the rest of the training comes back
@@ -190,17 +192,28 @@ class Validation:
             prompts=dict.fromkeys(video.prompt for video in self.videos),
             max_sequence_length=self._max_tokens,
         )
-        self._write(step, lambda video: self._generate(pipeline, video, **prompts[video.prompt]))
+        with self._progress(step, pipeline) as bar:
+            self._write(step, lambda video: self._generate(pipeline, video, **prompts[video.prompt]), bar)
         return True
 
-    def _write(self, step: int, make: Callable[[Video], np.ndarray]) -> None:
+    @contextlib.contextmanager
+    def _progress(self, step: int, pipeline) -> Iterator[tqdm]:
+        """One bar for all videos of a step. It counts denoising steps, as a single video can take minutes."""
+        total = len(self.videos) * self.options.sampling.num_inference_steps
+        is_silent = not PartialState().is_main_process
+        with progress_bar(None, f"Videos of step {step}", "step", total, is_silent=is_silent) as bar:
+            pipeline.progress_bar = lambda total: contextlib.nullcontext(bar)  # in place of one that ends with a video
+            yield bar
+
+    def _write(self, step: int, make: Callable[[Video], np.ndarray], bar: tqdm) -> None:
         assert self.options.data.fps is not None
         folder = self.folder(step)
         (folder / "prompts.json").unlink(missing_ok=True)
-        for video in progress_bar(self.videos, f"Videos of step {step}", "video"):
+        for video in self.videos:
             if self.stop.requested:
                 return  # without prompts.json they are made again when the run goes on
             write_video(folder / video.file, make(video), self.options.data.fps)
+        bar.close()  # before what is said of the whole
         write_video_list(folder, self.videos)  # last: its presence says that all are there
         logger.info("videos     %s", folder)
         if self.on_written:
@@ -209,7 +222,6 @@ class Validation:
     def _generate(self, pipeline, video: Video, **prompt) -> np.ndarray:
         if video.image:
             prompt["image"] = read_image(str(self.run / "validation" / video.image), "--validation_images")
-        pipeline.set_progress_bar_config(disable=True)
         return generate(pipeline, self.sampling, video.seed, max_sequence_length=self._max_tokens, **prompt)
 
     @property
