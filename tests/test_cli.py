@@ -16,7 +16,7 @@ import cogvideox_factory.demo
 from cogvideox_factory import cli as cli_module
 from cogvideox_factory.cli import main, run_guarded
 from cogvideox_factory.command_line import parse_command
-from cogvideox_factory.config import COMMANDS
+from cogvideox_factory.config import COMMANDS, RunError
 from cogvideox_factory.demo import SHOWN
 
 Cli = Callable[..., tuple[int, str, str]]
@@ -225,3 +225,20 @@ def test_a_fault_of_ours_is_reported_by_a_traceback_without_secrets(capsys: pyte
     messages = capsys.readouterr().err
     assert "Traceback" in messages and "in fail" in messages
     assert not any(secret in messages.split("RuntimeError:")[-1] for secret in ("hf_abc", "word", "sig=0123"))
+
+
+@pytest.mark.parametrize("failure", [RunError("no more"), KeyboardInterrupt()], ids=["failed", "interrupted"])
+def test_a_run_that_ends_before_its_time_has_a_report_all_the_same(
+    failure: BaseException, cli: Cli, tiny_model: Path, prepared_folder: Path, tmp_path: Path, monkeypatch
+) -> None:
+    def fail(*arguments: object, **options: object) -> None:
+        raise failure
+
+    run = tmp_path / "run"
+    flags = ("--load_tensors", "--max_train_steps", "1", "--report_to", "none", "--output_dir", run)
+    monkeypatch.setattr("cogvideox_factory.training.loop.optimizer_step", fail)
+    code, _, messages = cli(
+        "train", "--pretrained_model_name_or_path", tiny_model, "--data_root", prepared_folder, *flags
+    )
+    assert code not in (0, 2), messages
+    assert "<html" in (run / "report.html").read_text()

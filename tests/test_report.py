@@ -227,6 +227,14 @@ def test_written_into_the_run_or_where_asked(run: Path, tmp_path: Path) -> None:
     assert elsewhere.read_bytes() == (run / "report.html").read_bytes()
 
 
+def test_what_is_no_page_is_not_written_over(run: Path) -> None:
+    weights = run / "pytorch_lora_weights.safetensors"
+    weights.write_bytes(b"weights")
+    with pytest.raises(UserError, match=r"--output .*: give a name that ends in \.html"):
+        write_report(run, weights)
+    assert weights.read_bytes() == b"weights"
+
+
 def test_write_is_atomic(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     replaced = []
 

@@ -15,6 +15,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from cogvideox_factory import __version__, messages
@@ -162,10 +163,24 @@ def run_train(options: Train) -> None:
     from cogvideox_factory.training.loop import train
     from cogvideox_factory.training.summary import tell_end
 
-    run = train(*plan_training(options))
+    planned = plan_training(options)
+    try:
+        run = train(*planned)
+    except BaseException:
+        _report_what_there_is(options.output_dir)
+        raise
     if PartialState().is_main_process:  # not the variable RANK, which a user may have set for something else
         run_report(Report(run=(run,)))
         tell_end(run, was_shared=options.hub.push_to_hub)
+
+
+def _report_what_there_is(run: Path | None) -> None:
+    """The report of a run that was stopped or failed, which needs one most; whatever hinders it is less than why."""
+    from accelerate import PartialState
+
+    with contextlib.suppress(Exception):
+        if run and PartialState().is_main_process and (run / "config.yaml").exists():
+            run_report(Report(run=(run,)))
 
 
 def run_sample(options: Sample) -> None:

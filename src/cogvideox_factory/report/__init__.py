@@ -54,6 +54,8 @@ def _write(page: str, output: Path) -> Path:
     if output.is_dir():
         raise UserError(f"{output} is a folder; name the file to write the report to")
     content = page.encode("utf-8", "replace")  # a file name can hold what UTF-8 cannot
+    if output.suffix.lower() not in (".html", ".htm"):  # what else has that name may be weights
+        raise UserError(f"--output {output}: give a name that ends in .html")
     output.parent.mkdir(parents=True, exist_ok=True)
     unfinished = output.with_name(f".{output.name}.{os.getpid()}.tmp")
     try:
