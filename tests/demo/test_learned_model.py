@@ -61,19 +61,25 @@ def test_its_autoencoder_gives_back_both_styles(learned: CogVideoXPipeline, styl
     assert error < 2 * figure
 
 
-def test_a_caption_gives_its_scene(learned: CogVideoXPipeline) -> None:
-    """Of all scenes in its colour the nearest is the one that was asked for, which was held out of the training."""
-    scene = SHOWN[0]
-    frames = learned(
-        scene.caption,
-        num_inference_steps=20,
-        guidance_scale=3,
-        generator=torch.Generator().manual_seed(1),
-        output_type="np",
-    ).frames[0]
-    scenes = [other for other in all_scenes() if other.colour == scene.colour]
-    nearest = min(scenes, key=lambda other: np.abs(frames * 255 - other.render(NATIVE_SIZE)).mean())
-    assert nearest == scene
+def test_captions_give_their_scenes(learned: CogVideoXPipeline) -> None:
+    """Of scenes that were held out of its training; see figures.json for more of them. Guessing would give a shape of
+    six and a motion of seven."""
+    scenes = all_scenes()
+    order = np.random.default_rng(0).permutation(len(scenes))  # as tools/tiny_model/train_transformer.py does
+    right = dict.fromkeys(("shape", "motion", "background"), 0)
+    for scene in (scenes[index] for index in order[:6]):
+        frames = learned(
+            scene.caption,
+            num_inference_steps=20,
+            guidance_scale=3,
+            generator=torch.Generator().manual_seed(0),
+            output_type="np",
+        ).frames[0]
+        others = [other for other in scenes if other.colour == scene.colour]
+        nearest = min(others, key=lambda other: np.abs(frames * 255 - other.render(NATIVE_SIZE)).mean())
+        for name in right:
+            right[name] += getattr(nearest, name) == getattr(scene, name)
+    assert right["shape"] >= 4 and right["motion"] >= 5 and right["background"] == 6, right
 
 
 def test_the_lesson_holds_nothing_that_is_shown() -> None:
