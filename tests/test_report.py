@@ -325,6 +325,28 @@ def test_damaged_files_are_named_and_the_rest_is_shown(run: Path) -> None:
     assert page.section("Clips").table_rows() == [["49", "480 × 720", "1"]]
 
 
+@pytest.mark.parametrize(
+    ("file", "content", "named"),
+    [
+        ("prepared/index.jsonl", {"bucket": 5}, "index.jsonl: damaged values of bucket"),
+        ("prepared/index.jsonl", {"bucket": [1, 2]}, "index.jsonl: damaged values of bucket"),
+        ("prepared/report.json", {"skipped": ["a"]}, "report.json: damaged values of skipped"),
+        ("prepared/report.json", {"skipped": 3}, "report.json: damaged values of skipped"),
+        ("skipped_steps.jsonl", {"step": 1, "clips": 5}, "skipped_steps.jsonl: damaged values of clips"),
+    ],
+)
+def test_a_damaged_value_is_named_and_left_out(run: Path, file: str, content: dict[str, Any], named: str) -> None:
+    (run / "prepared").mkdir()
+    (run / file).write_text(json.dumps(content) + "\n")
+    notes = [note.text for note in page_of(run).section("Problems").all("p", "note")]
+    assert [note for note in notes if note.startswith(named)], notes
+
+
+def test_the_last_loss_is_that_of_the_last_step_that_was_not_skipped(run: Path) -> None:
+    add_metrics(run, [1.0, 0.5, float("nan")])
+    assert facts(page_of(run))["Last loss"] == "0.5"
+
+
 # Summary
 
 

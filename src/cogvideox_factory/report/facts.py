@@ -24,14 +24,16 @@ SECRET_OPTIONS = {"hub_token"}  # a report is made to be handed around
 
 def facts_of(run: Run) -> dict[str, str]:
     """Name → figure, as texts; what is not known yet is left out or says so."""
-    loss, step, planned_steps = run.last.get("loss"), run.last.get("step", 0), run.config.get("max_train_steps")
+    step, planned_steps = run.last.get("step", 0), run.config.get("max_train_steps")
+    losses = (finite(line.get("loss")) for line in reversed(run.metrics))  # that of a skipped step is none
+    loss = next((loss for loss in losses if loss is not None), None)
     is_full = run.config.get("training_type") == "sft"
     return {
         "Model": _short_name(str(run.config.get("pretrained_model_name_or_path", "unknown"))),
         "Method": "full fine-tuning" if is_full else f"LoRA, rank {run.config.get('rank', 'unknown')}",
         "Steps": f"{step} of {planned_steps}" if planned_steps else str(step),
         "Samples seen": str(run.last.get("samples_seen", 0)),
-        "Last loss": number(loss) if isinstance(loss, int | float) else "none yet",
+        "Last loss": "none yet" if loss is None else number(loss),
         **_held_out_facts(run),
         "Training time": str(timedelta(seconds=round(_total(run, "step_seconds")))),
         **_speed_facts(run),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,13 @@ def read_run(folder: Path) -> Run:
     config = _read_config(folder / "config.yaml")
     is_prepared_elsewhere = config.get("load_tensors") is True and config.get("data_root")
     prepared = Path(str(config["data_root"])) if is_prepared_elsewhere else folder / "prepared"
+    preparation = _read_json(prepared / "report.json", dict, notes) or {}
+    clips, skipped_steps = (
+        _read_lines(path, notes) for path in (prepared / "index.jsonl", folder / "skipped_steps.jsonl")
+    )
+    _drop(clips, "bucket", lambda bucket: isinstance(bucket, list) and len(bucket) == 3, "index.jsonl", notes)
+    _drop(skipped_steps, "clips", lambda names: isinstance(names, list), "skipped_steps.jsonl", notes)
+    _drop([preparation], "skipped", _are_objects, "report.json", notes)
     return Run(
         folder=folder,
         config=config,
@@ -60,11 +68,24 @@ def read_run(folder: Path) -> Run:
         memory=_read_json(folder / "memory.json", dict, notes) or {},
         samples=_read_samples(folder / "validation", notes),
         prepared=prepared,
-        clips=_read_lines(prepared / "index.jsonl", notes),
-        preparation=_read_json(prepared / "report.json", dict, notes) or {},
-        skipped_steps=_read_lines(folder / "skipped_steps.jsonl", notes),
+        clips=clips,
+        preparation=preparation,
+        skipped_steps=skipped_steps,
         notes=notes,
     )
+
+
+def _drop(entries: Entries, key: str, is_right: Callable[[Any], bool], file: str, notes: list[str]) -> None:
+    """Drop values of a key that are not what the program writes there, with a note of how many."""
+    wrong = [entry for entry in entries if entry.get(key) is not None and not is_right(entry[key])]
+    for entry in wrong:
+        del entry[key]
+    if wrong:
+        notes.append(f"{file}: damaged values of {key}, left out here: {len(wrong)}.")
+
+
+def _are_objects(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, dict) for item in value)
 
 
 def finite(value: Any) -> float | None:

@@ -10,8 +10,9 @@ import dataclasses
 import functools
 import logging
 import math
+import shlex
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -268,6 +269,8 @@ def train_steps(
             memory.start_phase()
 
     memory.record("memory_before_training", memory.current())
+    if is_main:
+        memory.write()  # now, for whoever is out of memory in the first step, or killed
     validate_if_due()
     if held_out and held_out.is_due_at_start(state.step, num_steps):
         with averaged(average):
@@ -279,7 +282,7 @@ def train_steps(
     skipped = SkippedSteps(run, state.step, accelerator, sampler, data.entries)
     failure: Exception | None = None  # of what is read for a step, or of its videos; the steps before it are saved
     is_save_due = False
-    with log, held_out or contextlib.nullcontext(), progress, saver:
+    with log, held_out or contextlib.nullcontext(), progress, saver, _kept(memory, is_main):
         while state.step < num_steps:
             started = time.perf_counter()
             step = next(steps)
@@ -341,12 +344,13 @@ def train_steps(
                     break
     with together(stop):
         saver.wait()
-    memory.record("memory_before_validation", memory.peak())
 
     if state.step < num_steps or failure:
         if saved_step != state.step:
             save()
-        go_on = f"cogvideox-factory train --config {run / 'config.yaml'} --resume_from_checkpoint latest"
+        go_on = (
+            f"cogvideox-factory train --config {shlex.quote(str(run / 'config.yaml'))} --resume_from_checkpoint latest"
+        )
         with together(stop):
             if is_main:
                 memory.write()
@@ -373,6 +377,18 @@ def build_model(
     # After all layers are in their blocks and frozen weights are known by it. It also brings the model to its device:
     # what is to live on the host must never be all on the GPU first.
     return apply(transformer, options.memory, device)
+
+
+@contextlib.contextmanager
+def _kept(memory: MemoryMeter, is_main: bool) -> Iterator[None]:
+    """The peak of the training is recorded and written even if it ends out of memory: then it is asked for."""
+    try:
+        yield
+    finally:
+        memory.record("memory_before_validation", memory.peak())
+        if is_main:
+            with contextlib.suppress(OSError):  # of a full disk something else tells
+                memory.write()
 
 
 def optimizer_step(
