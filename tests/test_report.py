@@ -343,7 +343,9 @@ def test_a_damaged_value_is_named_and_left_out(run: Path, file: str, content: di
 
 
 def test_the_last_loss_is_that_of_the_last_step_that_was_not_skipped(run: Path) -> None:
-    add_metrics(run, [1.0, 0.5, float("nan")])
+    add_metrics(run, [1.0, 0.5])
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 3, "loss": None}) + "\n")
     assert facts(page_of(run))["Last loss"] == "0.5"
 
 

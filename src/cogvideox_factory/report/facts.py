@@ -25,8 +25,8 @@ SECRET_OPTIONS = {"hub_token"}  # a report is made to be handed around
 def facts_of(run: Run) -> dict[str, str]:
     """Name → figure, as texts; what is not known yet is left out or says so."""
     step, planned_steps = run.last.get("step", 0), run.config.get("max_train_steps")
-    losses = (finite(line.get("loss")) for line in reversed(run.metrics))  # that of a skipped step is none
-    loss = next((loss for loss in losses if loss is not None), None)
+    losses = (line.get("loss") for line in reversed(run.metrics))
+    loss = next((loss for loss in losses if isinstance(loss, int | float)), None)  # a skipped step has none
     is_full = run.config.get("training_type") == "sft"
     return {
         "Model": _short_name(str(run.config.get("pretrained_model_name_or_path", "unknown"))),
