@@ -242,5 +242,6 @@ def test_a_run_that_ends_before_its_time_has_a_report_all_the_same(
     )
     assert code not in (0, 2), messages
     assert "<html" in (run / "report.html").read_text()
+    assert "report" in messages
     measured = json.loads((run / "memory.json").read_text())["measured"]
     assert {"memory_before_training", "memory_before_validation"} <= set(measured)

@@ -166,6 +166,8 @@ def run_train(options: Train) -> None:
     planned = plan_training(options)
     try:
         run = train(*planned)
+    except UserError:  # mostly said before anything is done: what is in the folder is not this run's
+        raise
     except BaseException:
         _report_what_there_is(options.output_dir)
         raise

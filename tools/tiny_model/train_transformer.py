@@ -31,7 +31,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--vae", type=Path, required=True, help="folder that train_vae.py wrote")
     parser.add_argument("--output", type=Path, required=True, help="folder of everything; a second call goes on")
-    parser.add_argument("--steps", type=int, default=10000)
+    parser.add_argument("--steps", type=int, default=10000, help="of the optimizer, with a batch of 16")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     root: Path = arguments.output

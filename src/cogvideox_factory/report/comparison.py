@@ -94,8 +94,7 @@ def _samples(runs: Sequence[Run], names: Sequence[str]) -> str:
         samples.append(sample_by_run(key, latest))
     if not samples:
         return section(title, quiet("No videos yet."))
-    left_out = len(keys) - len(shown)
-    return samples_section(title, [*samples, *([quiet(f"Prompts left out here: {left_out}")] if left_out else [])])
+    return samples_section(title, samples, len(keys) - len(shown))
 
 
 def _differences(runs: Sequence[Run], names: Sequence[str]) -> str:

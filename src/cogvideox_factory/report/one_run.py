@@ -8,7 +8,7 @@ from cogvideox_factory.report.curves import SLOW, Curve, chart, points_of, witho
 from cogvideox_factory.report.facts import MEMORY_PHASES, facts_of, shown_options
 from cogvideox_factory.report.markup import note, number, page, quiet, section, table, text
 from cogvideox_factory.report.reading import Run, finite
-from cogvideox_factory.report.videos import sample_by_step, samples_section
+from cogvideox_factory.report.videos import MAX_PLAYERS, sample_by_step, samples_section
 
 
 def page_of_run(run: Run) -> str:
@@ -23,9 +23,9 @@ def _samples(run: Run) -> str:
     if not run.samples:
         has_prompt = run.config.get("validation_prompt")
         return section(title, quiet("No videos yet." if has_prompt else "No videos: the run has no validation prompt."))
-    return samples_section(
-        title, [sample_by_step(key, videos, len(run.samples)) for key, videos in run.samples.items()]
-    )
+    shown = list(run.samples.items())[: MAX_PLAYERS // 2]  # of each, before and after
+    samples = [sample_by_step(key, videos, len(shown)) for key, videos in shown]
+    return samples_section(title, samples, len(run.samples) - len(shown))
 
 
 def _curves(run: Run) -> str:

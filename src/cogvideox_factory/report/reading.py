@@ -56,7 +56,7 @@ def read_run(folder: Path) -> Run:
     clips, skipped_steps = (
         _read_lines(path, notes) for path in (prepared / "index.jsonl", folder / "skipped_steps.jsonl")
     )
-    _drop(clips, "bucket", lambda bucket: isinstance(bucket, list) and len(bucket) == 3, "index.jsonl", notes)
+    _drop(clips, "bucket", _is_size, "index.jsonl", notes)
     _drop(skipped_steps, "clips", lambda names: isinstance(names, list), "skipped_steps.jsonl", notes)
     _drop([preparation], "skipped", _are_objects, "report.json", notes)
     return Run(
@@ -82,6 +82,10 @@ def _drop(entries: Entries, key: str, is_right: Callable[[Any], bool], file: str
         del entry[key]
     if wrong:
         notes.append(f"{file}: damaged values of {key}, left out here: {len(wrong)}.")
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, list) and [type(number) for number in value] == [int, int, int]
 
 
 def _are_objects(value: Any) -> bool:

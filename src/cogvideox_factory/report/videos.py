@@ -8,7 +8,7 @@ from __future__ import annotations
 import base64
 from collections.abc import Sequence
 
-from cogvideox_factory.report.markup import section, text
+from cogvideox_factory.report.markup import quiet, section, text
 from cogvideox_factory.report.reading import SampleKey, VideosByStep
 
 MAX_BETWEEN = 6  # videos of a film strip, besides the first and the last
@@ -19,10 +19,11 @@ CONTROLS = (  # shown by the script
 )
 
 
-def samples_section(title: str, samples: Sequence[str]) -> str:
-    """A section of samples, whose heading has the button that plays them all."""
+def samples_section(title: str, samples: Sequence[str], left_out: int) -> str:
+    """A section of samples, whose heading has the button that plays them all, and how many there was no room for."""
     button = ' <button id="play" type="button" hidden>Pause all</button>' if len(samples) > 1 else ""
-    return section(title + button, *samples)
+    remark = [quiet(f"Prompts left out here: {left_out}")] if left_out else []
+    return section(title + button, *samples, *remark)
 
 
 def sample(key: SampleKey, *parts: str) -> str:

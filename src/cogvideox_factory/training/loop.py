@@ -352,8 +352,6 @@ def train_steps(
             f"cogvideox-factory train --config {shlex.quote(str(run / 'config.yaml'))} --resume_from_checkpoint latest"
         )
         with together(stop):
-            if is_main:
-                memory.write()
             if isinstance(failure, (UserError, torch.OutOfMemoryError)):  # whose messages have remedies of their own
                 raise failure
             if failure:
